@@ -1,0 +1,1 @@
+"""Transducer speech recognisers made small enough for a device, and what it cost in accuracy."""

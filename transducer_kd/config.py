@@ -1,0 +1,300 @@
+"""Typed configuration of one training phase.
+
+A phase is described by one YAML file. It is read in three layers, later ones winning: the defaults below, the
+YAML (which may name one `base:` file beside it, one level deep), and `--set section.key=value` overrides.
+Unknown keys and wrong types are errors that name the key and where it came from, because a misspelt key that is
+silently ignored costs a training run.
+
+Units are in the names (`_s` seconds, `_ms` milliseconds); "encoder frames" are 40 ms (feature frames of 10 ms
+after 4x subsampling).
+"""
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import yaml
+
+from transducer_kd.log import UserError
+
+
+@dataclass
+class EncoderConfig:
+    """Conformer. `chunk_size` > 0 trains and decodes in streaming mode by default."""
+
+    feature_dim: int = 80
+    subsampling_channels: int = 32
+    num_layers: int = 6
+    encoder_dim: int = 144
+    num_heads: int = 4
+    feedforward_dim: int = 576
+    cnn_module_kernel: int = 15  # odd; streaming mode masks the future half of the taps
+    dropout: float = 0.1
+    chunk_size: int = 0  # encoder frames; 0: full context
+    left_context: int = 64  # encoder frames seen before a chunk; only used in streaming mode
+
+
+@dataclass
+class DecoderConfig:
+    """Prediction network."""
+
+    kind: str = "stateless"  # stateless | lstm
+    decoder_dim: int = 256
+    context_size: int = 2  # stateless only
+    num_layers: int = 1  # lstm only
+    dropout: float = 0.0
+
+
+@dataclass
+class ModelConfig:
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    joiner_dim: int = 256
+
+
+@dataclass
+class LossConfig:
+    """Pruned transducer loss (arXiv:2206.13236) with an optional auxiliary CTC head."""
+
+    backend: str = "auto"  # auto | k2 | fast_rnnt | torch
+    s_range: int = 5
+    lm_scale: float = 0.25
+    am_scale: float = 0.0
+    simple_loss_scale: float = 0.5  # reached after warm_step; starts at 1.0
+    warm_step: int = 500
+    ctc_weight: float = 0.0
+
+
+@dataclass
+class SpecAugmentConfig:
+    enabled: bool = True
+    num_time_masks: int = 10
+    max_time_mask_frames: int = 100
+    max_time_mask_fraction: float = 0.15  # of an utterance, all time masks together
+    num_feature_masks: int = 2
+    max_feature_mask_bins: int = 27
+
+
+@dataclass
+class DataConfig:
+    fbank_dir: str = ""  # holds cuts_<part>.jsonl.gz
+    lang_dir: str = ""  # holds bpe.model
+    train_parts: List[str] = field(default_factory=lambda: ["train"])
+    valid_part: str = "dev"
+    max_duration_s: float = 200.0  # audio seconds in a batch of one rank
+    max_cut_s: float = 25.0
+    min_cut_s: float = 0.3
+    num_buckets: int = 15
+    num_workers: int = 0
+    on_the_fly_feats: bool = False
+    speed_perturb: bool = False  # 0.9 and 1.1 copies; needs on_the_fly_feats or fbank made with it
+    musan_cuts: str = ""  # CutSet of noise to mix in, needs on_the_fly_feats
+    musan_prob: float = 0.5
+    musan_snr_db: List[float] = field(default_factory=lambda: [10.0, 20.0])
+    seed: int = 42
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 2e-3  # peak
+    betas: List[float] = field(default_factory=lambda: [0.9, 0.98])
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    warmup_steps: int = 300
+    schedule: str = "cosine"  # cosine | linear | constant, after the warm-up, over max_steps
+    final_lr_ratio: float = 0.02
+    clip_norm: float = 5.0
+
+
+@dataclass
+class TrainConfig:
+    max_steps: int = 1000  # optimiser updates; the run ends here
+    accumulate: int = 1  # batches per update
+    precision: str = "fp32"  # fp32 | bf16 | fp16; the transducer loss is always fp32
+    seed: int = 42
+    num_threads: int = 0  # intra-op CPU threads; 0: torch's choice
+    log_every: int = 20
+    valid_every: int = 200
+    valid_wer_utterances: int = 24  # decoded greedily at each validation, shown in TensorBoard
+    save_every: int = 500
+    keep_last: int = 3  # checkpoint-N.pt kept
+    average_period: int = 20  # running model average is updated every so many updates
+    max_nonfinite: int = 5  # batches with a non-finite loss that are saved and skipped before giving up
+
+
+@dataclass
+class PhaseConfig:
+    """Everything one `local/train.py` process needs."""
+
+    recipe: str = "two_pass"
+    corpus: str = "synthetic"
+    scale: str = "mini"
+    phase: str = "teacher"
+    objective: str = "transducer"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    spec_augment: SpecAugmentConfig = field(default_factory=SpecAugmentConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def load_config(path: Optional[Path], overrides: Sequence[str] = ()) -> PhaseConfig:
+    """Read a phase YAML and apply `section.key=value` overrides.
+
+    Raises UserError for a missing or malformed file, an unknown key, a wrong type or a value out of its choices.
+    """
+    tree: Dict[str, Any] = {}
+    origin = str(path) if path else "defaults"
+    if path is not None:
+        tree = _read_yaml(Path(path))
+        base = tree.pop("base", None)
+        if base is not None:
+            base_path = Path(path).parent / str(base)
+            base_tree = _read_yaml(base_path)
+            if "base" in base_tree:
+                raise UserError(f"{base_path}: a base file may not name another base; put both into one file")
+            # Checked on its own first, so that an error names the file that holds it.
+            from_dict(base_tree, str(base_path))
+            tree = _merged(base_tree, tree)
+    config = from_dict(tree, origin)
+    for item in overrides:
+        key, eq, text = item.partition("=")
+        if not eq:
+            raise UserError(f"--set {item}: write it as section.key=value, e.g. --set optim.lr=1e-3")
+        _assign(config, key.strip(), text)
+    _check_values(config, origin)
+    return config
+
+
+def from_dict(tree: Dict[str, Any], origin: str = "config") -> PhaseConfig:
+    """Build a PhaseConfig from nested dicts. `origin` is named in errors."""
+    return _build(PhaseConfig, tree, origin, "")
+
+
+def to_dict(config: Any) -> Dict[str, Any]:
+    """Nested dicts of plain types: fit for JSON and for a checkpoint loaded with weights_only=True."""
+    return dataclasses.asdict(config)
+
+
+_CHOICES = {
+    "model.decoder.kind": ("stateless", "lstm"),
+    "loss.backend": ("auto", "k2", "fast_rnnt", "torch"),
+    "optim.schedule": ("cosine", "linear", "constant"),
+    "train.precision": ("fp32", "bf16", "fp16"),
+}
+_POSITIVE = (
+    "model.encoder.num_layers model.encoder.encoder_dim model.encoder.num_heads model.encoder.feedforward_dim "
+    "model.encoder.feature_dim model.encoder.subsampling_channels model.decoder.decoder_dim model.joiner_dim "
+    "model.decoder.context_size model.decoder.num_layers loss.s_range data.max_duration_s data.max_cut_s "
+    "data.num_buckets optim.lr train.max_steps train.accumulate train.log_every train.valid_every "
+    "train.save_every train.keep_last train.average_period"
+).split()
+
+
+def _check_values(config: PhaseConfig, origin: str) -> None:
+    for key, choices in _CHOICES.items():
+        value = _lookup(config, key)
+        if value not in choices:
+            raise UserError(f"{origin}: {key}={value!r} is not one of {', '.join(choices)}")
+    for key in _POSITIVE:
+        if _lookup(config, key) <= 0:
+            raise UserError(f"{origin}: {key}={_lookup(config, key)} must be greater than 0")
+    encoder = config.model.encoder
+    if encoder.encoder_dim % encoder.num_heads or (encoder.encoder_dim // encoder.num_heads) % 2:
+        raise UserError(
+            f"{origin}: model.encoder.encoder_dim={encoder.encoder_dim} must be an even multiple of "
+            f"num_heads={encoder.num_heads} (rotary position embedding pairs the channels of a head)"
+        )
+    if encoder.cnn_module_kernel % 2 == 0:
+        raise UserError(f"{origin}: model.encoder.cnn_module_kernel={encoder.cnn_module_kernel} must be odd")
+
+
+def _lookup(config: Any, dotted: str) -> Any:
+    for name in dotted.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _read_yaml(path: Path) -> Dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as f:
+            tree = yaml.safe_load(f) or {}
+    except FileNotFoundError:
+        raise UserError(f"config file {path} does not exist") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections with keys, found a {type(tree).__name__}")
+    return tree
+
+
+def _merged(base: Dict[str, Any], over: Dict[str, Any]) -> Dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        both_dicts = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merged(out[key], value) if both_dicts else value
+    return out
+
+
+def _build(cls: type, tree: Any, origin: str, prefix: str) -> Any:
+    if not isinstance(tree, dict):
+        raise UserError(f"{origin}: {prefix.rstrip('.') or 'the file'} must be a section with keys, not {tree!r}")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        if key not in hints:
+            raise UserError(f"{origin}: unknown key {prefix}{key}{_suggestion(str(key), hints)}")
+        values[key] = _coerce(hints[key], value, origin, f"{prefix}{key}")
+    return cls(**values)
+
+
+def _coerce(hint: Any, value: Any, origin: str, key: str) -> Any:
+    """Check `value` against a type hint; ints may stand for floats, nothing else is converted."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, origin, key + ".")
+    if typing.get_origin(hint) is list:
+        (item_hint,) = typing.get_args(hint)
+        if not isinstance(value, list):
+            raise UserError(f"{origin}: {key} must be a list, not {value!r}")
+        return [_coerce(item_hint, v, origin, f"{key}[{i}]") for i, v in enumerate(value)]
+    if hint is float:
+        # YAML 1.1 reads 1e-3 (no dot) as a string; users mean the number.
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                pass
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(f"{origin}: {key} must be of type {hint.__name__}, not {value!r}")
+    return value
+
+
+def _assign(config: PhaseConfig, dotted: str, text: str) -> None:
+    target, hint, names = config, PhaseConfig, dotted.split(".")
+    for i, name in enumerate(names):
+        hints = typing.get_type_hints(type(target)) if dataclasses.is_dataclass(target) else {}
+        if name not in hints:
+            raise UserError(f"--set {dotted}: unknown key {'.'.join(names[: i + 1])}{_suggestion(name, hints)}")
+        hint = hints[name]
+        if i < len(names) - 1:
+            target = getattr(target, name)
+    try:
+        value = text if hint is str else yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {dotted}={text}: cannot read the value") from None
+    if typing.get_origin(hint) is list and isinstance(value, str):
+        value = value.split()
+    setattr(target, names[-1], _coerce(hint, value, "--set", dotted))
+
+
+def _suggestion(key: str, known: Dict[str, Any]) -> str:
+    close: Tuple[str, ...] = tuple(difflib.get_close_matches(key, list(known), n=1))
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; known here: {', '.join(known)}" if known else ""

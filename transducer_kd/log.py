@@ -1,0 +1,131 @@
+"""Logging, errors meant for the user, progress and atomic writes: what every layer needs and nothing else.
+
+The log line is icefall's: `time level [file:line] (rank/world) message`.
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, Optional, TypeVar
+
+Item = TypeVar("Item")
+
+
+class UserError(Exception):
+    """Something the user can mend. The message names the thing (file, cut, key) and says what to do."""
+
+
+def setup_logging(log_file: Optional[Path] = None, rank: int = 0, world_size: int = 1) -> None:
+    """Log to stderr, and to `log_file` too where given. Calling it again replaces the earlier handlers."""
+    where = f" ({rank}/{world_size})" if world_size > 1 else ""
+    formatter = logging.Formatter(f"%(asctime)s %(levelname)s [%(filename)s:%(lineno)d]{where} %(message)s")
+    handlers: list = [logging.StreamHandler()]
+    if log_file is not None:
+        Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(log_file))
+    root = logging.getLogger()
+    for old in list(root.handlers):
+        root.removeHandler(old)
+    for handler in handlers:
+        handler.setFormatter(formatter)
+        root.addHandler(handler)
+    root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def run_main(main: Callable[[], Optional[int]]) -> None:
+    """Run a program's main: a UserError or a full disk becomes one clear line and exit status 1."""
+    try:
+        status = main()
+    except UserError as e:
+        logging.error("%s", e)
+        status = 1
+    except OSError as e:
+        if e.errno != errno.ENOSPC:
+            raise
+        logging.error("%s", disk_full(e.filename or os.getcwd()))
+        status = 1
+    except KeyboardInterrupt:
+        logging.error("interrupted; run the same command again to go on")
+        status = 130
+    sys.exit(status or 0)
+
+
+def disk_full(path: Any) -> UserError:
+    """The error for a write that ran out of space; names the path and what is free there."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free_mb = shutil.disk_usage(folder).free / 1e6
+    return UserError(f"no space left on the disk while writing {path} ({free_mb:.0f} MB free); free some and run again")
+
+
+def check_disk_space(folder: Path, needed_bytes: float, what: str) -> None:
+    """Raise UserError unless `folder`'s disk has `needed_bytes` free for `what`."""
+    probe = Path(folder).absolute()
+    while not probe.exists():
+        probe = probe.parent
+    free = shutil.disk_usage(probe).free
+    if free < needed_bytes:
+        raise UserError(
+            f"{what} needs about {needed_bytes / 1e9:.2f} GB in {folder}, but only {free / 1e9:.2f} GB are free; "
+            "free some or choose another folder"
+        )
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, mode: str = "w") -> Iterator[Any]:
+    """Open a temporary file beside `path` and move it into place only when the block succeeds.
+
+    A reader sees the old file or the new one, never half of one, also after `kill -9` or a full disk.
+    Raises UserError when the disk is full.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.chmod(temporary, 0o644)
+        with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        if e.errno == errno.ENOSPC:
+            raise disk_full(path) from e
+        raise
+    finally:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    with atomic_write(path) as f:
+        json.dump(value, f, indent=2, ensure_ascii=False)
+        f.write("\n")
+
+
+def progress(items: Iterable[Item], total: Optional[int] = None, desc: str = "") -> Iterator[Item]:
+    """Iterate with a tqdm bar on a terminal, and with a log line about every 10 s elsewhere."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(items, total=total, desc=desc, dynamic_ncols=True)
+        return
+    start = last = time.monotonic()
+    count = 0
+    for count, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - last > 10:
+            logging.info("%s: %d%s, %.0f s", desc, count, f" of {total}" if total else "", now - start)
+            last = now
+    logging.info("%s: %d done in %.1f s", desc, count, time.monotonic() - start)

@@ -1,0 +1,125 @@
+"""Plain transducer training: simple loss, pruned loss and, where asked for, an auxiliary CTC loss.
+
+N batch, T feature frames, T' encoder frames, U tokens, V vocabulary, D channels.
+Source: pruned RNN-T, Kuang et al. 2022 (arXiv:2206.13236); CTC, Graves et al. 2006.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+
+from transducer_kd.config import LossConfig
+from transducer_kd.losses import pruned_rnnt
+from transducer_kd.models.spec_augment import SpecAugment
+from transducer_kd.models.transducer import Transducer
+from transducer_kd.objectives.base import LossOutput, Objective
+
+
+def warm_up_scales(step: int, warm_step: int, simple_loss_scale: float) -> Tuple[float, float]:
+    """Weights (a, b) of the simple and the pruned loss at update `step`.
+
+    a falls from 1 to `simple_loss_scale` and b rises from 0.1 to 1 over `warm_step` updates: the pruning bounds
+    come from the simple loss, so it has to be worth something before the pruned loss can be.
+    """
+    if step >= warm_step:
+        return simple_loss_scale, 1.0
+    progress = step / warm_step
+    return 1.0 - progress * (1.0 - simple_loss_scale), 0.1 + 0.9 * progress
+
+
+@dataclass
+class TransducerPass:
+    """What one pass of the transducer loss computed, for objectives that add terms on the same nodes.
+
+    encoder_out (N,T',D), encoder_out_lens (N,), decoder_out (N,U+1,D), boundary (N,4), ranges (N,T',s_range),
+    logits (N,T',s_range,V), simple_loss and pruned_loss (N,).
+    """
+
+    encoder_out: torch.Tensor
+    encoder_out_lens: torch.Tensor
+    decoder_out: torch.Tensor
+    boundary: torch.Tensor
+    ranges: torch.Tensor
+    logits: torch.Tensor
+    simple_loss: torch.Tensor
+    pruned_loss: torch.Tensor
+
+
+class TransducerObjective(Objective):
+    """L = a(step) simple_loss + b(step) pruned_loss + ctc_weight CTC, summed over utterances."""
+
+    def __init__(self, model: Transducer, loss: LossConfig, spec_augment: SpecAugment):
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.spec_augment = spec_augment
+        self.backend = pruned_rnnt.resolve_backend(loss.backend)
+
+    def forward(self, batch: Any, step: int) -> LossOutput:
+        x = self.spec_augment(batch.features, batch.feature_lens)
+        done = self.transducer_pass(x, batch)
+        if self.training:
+            simple_scale, pruned_scale = warm_up_scales(step, self.loss.warm_step, self.loss.simple_loss_scale)
+        else:  # one scale for all validations, so that they can be compared
+            simple_scale, pruned_scale = self.loss.simple_loss_scale, 1.0
+        metrics = {"simple_loss": done.simple_loss.sum(), "pruned_loss": done.pruned_loss.sum()}
+        total = simple_scale * metrics["simple_loss"] + pruned_scale * metrics["pruned_loss"]
+        if self.model.ctc_output is not None and self.loss.ctc_weight > 0:
+            metrics["ctc_loss"] = self.ctc_loss(done.encoder_out, done.encoder_out_lens, batch)
+            total = total + self.loss.ctc_weight * metrics["ctc_loss"]
+        metrics["loss"] = total
+        detached = {name: value.detach() for name, value in metrics.items()}
+        return LossOutput(total, done.encoder_out_lens.sum(), detached)
+
+    def transducer_pass(self, x: torch.Tensor, batch: Any, chunk_size: Optional[int] = None) -> TransducerPass:
+        """Encode `x` (N,T,C) and compute both transducer losses on the batch's tokens."""
+        model = self.model
+        encoder_out, encoder_out_lens = model.encode(x, batch.feature_lens, chunk_size=chunk_size)
+        decoder_out = model.decode_labels(batch.y)
+        boundary = pruned_rnnt.make_boundary(batch.y_lens, encoder_out_lens)
+        simple_loss, gradients = pruned_rnnt.simple_loss(
+            lm=model.simple_lm_proj(decoder_out),
+            am=model.simple_am_proj(encoder_out),
+            symbols=batch.y,
+            boundary=boundary,
+            lm_scale=self.loss.lm_scale,
+            am_scale=self.loss.am_scale,
+            backend=self.backend,
+        )
+        # Before any backward: fast_rnnt's backward overwrites the occupation gradients.
+        ranges = pruned_rnnt.prune_ranges(*gradients, boundary, self.loss.s_range, self.backend)
+        # Projected before pruning: T' + U + 1 rows instead of T' times s_range.
+        am, lm = pruned_rnnt.gather_pruned(
+            model.joiner.encoder_proj(encoder_out), model.joiner.decoder_proj(decoder_out), ranges
+        )
+        logits = model.joiner(am, lm, project_input=False)
+        pruned_loss = pruned_rnnt.pruned_loss(logits, batch.y, ranges, boundary, self.backend)
+        return TransducerPass(
+            encoder_out, encoder_out_lens, decoder_out, boundary, ranges, logits, simple_loss, pruned_loss
+        )
+
+    def ctc_loss(self, encoder_out: torch.Tensor, encoder_out_lens: torch.Tensor, batch: Any) -> torch.Tensor:
+        """Summed CTC loss. Utterances that CTC cannot align (too many repeats for T') count as zero."""
+        with torch.autocast(encoder_out.device.type, enabled=False):
+            log_probs = self.model.ctc_output(encoder_out.float()).log_softmax(-1)
+        return F.ctc_loss(
+            log_probs.transpose(0, 1),
+            batch.y,
+            encoder_out_lens,
+            batch.y_lens,
+            blank=self.model.blank_id,
+            reduction="sum",
+            zero_infinity=True,
+        )
+
+    @torch.no_grad()
+    def images(self, batch: Any, step: int) -> Dict[str, torch.Tensor]:
+        """`pruning_ranges` (U+1, T'): which nodes of the first utterance's lattice the pruned loss looks at."""
+        done = self.transducer_pass(batch.features, batch)
+        frames, tokens = int(done.encoder_out_lens[0]), int(batch.y_lens[0]) + 1
+        picture = torch.zeros(frames, tokens)
+        kept = done.ranges[0, :frames].clamp(max=tokens - 1).cpu()
+        picture.scatter_(1, kept, 1.0)
+        return {"pruning_ranges": picture.t().flip(0)}

@@ -1,0 +1,172 @@
+"""Checkpoints: written atomically, read with weights_only=True, averaged as icefall's users expect.
+
+A checkpoint is a dict of tensors and plain values:
+    model       state dict of the trained model
+    model_avg   its running average since update 0, float64 (see `update_running_average`)
+    optimizer, scaler, progress {step, epoch, batch_in_epoch, best_valid_loss, nonfinite}, window (metrics since the last log line)
+    config      the phase's configuration as nested dicts;  bpe_sha256: hash of the BPE model it was trained with
+Files: `epoch-N.pt` after N passes over the data, `checkpoint-STEP.pt` in between, `best-valid.pt`.
+"""
+
+import logging
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+
+from transducer_kd.log import UserError, atomic_write
+
+State = Dict[str, torch.Tensor]
+
+
+def save_checkpoint(path: Path, content: Dict[str, Any]) -> None:
+    """Write `content` to `path`; a reader never sees a half-written file. UserError when the disk is full."""
+    try:
+        with atomic_write(path, "wb") as f:
+            torch.save(content, f)
+    except RuntimeError as e:
+        # torch's zip writer turns a failed write into a RuntimeError without an errno.
+        if "PytorchStreamWriter" in str(e) or "write" in str(e).lower():
+            raise UserError(f"could not write checkpoint {path}: {e}. Is the disk full?") from e
+        raise
+
+
+def load_checkpoint(path: Path, device: Any = "cpu") -> Dict[str, Any]:
+    """Read a checkpoint. UserError, naming the file, when it is missing or unreadable."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist{_present(path.parent)}")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"checkpoint {path} cannot be read ({reason}); delete it and resume from an older one") from None
+    if not isinstance(content, dict) or "model" not in content:
+        raise UserError(f"{path} is not a checkpoint of this project: it has no 'model' entry")
+    return content
+
+
+def _present(folder: Path) -> str:
+    if not folder.is_dir():
+        return f" (there is no folder {folder})"
+    names = sorted(p.name for p in folder.glob("*.pt"))
+    return f"; found there: {', '.join(names)}" if names else f"; {folder} holds no checkpoint yet"
+
+
+def epochs_in(exp_dir: Path) -> List[int]:
+    """Numbers N of the `epoch-N.pt` in `exp_dir`, ascending."""
+    found = (re.fullmatch(r"epoch-(\d+)\.pt", p.name) for p in Path(exp_dir).glob("epoch-*.pt"))
+    return sorted(int(m.group(1)) for m in found if m)
+
+
+def find_resume_point(exp_dir: Path) -> Optional[Tuple[Path, Dict[str, Any]]]:
+    """Newest readable checkpoint to go on from, or None. Unreadable ones are named and passed over."""
+    candidates = list(Path(exp_dir).glob("epoch-*.pt")) + list(Path(exp_dir).glob("checkpoint-*.pt"))
+    for path in sorted(candidates, key=lambda p: p.stat().st_mtime_ns, reverse=True):
+        try:
+            return path, load_checkpoint(path)
+        except UserError as e:
+            logging.warning("%s", e)
+    return None
+
+
+def remove_old_checkpoints(exp_dir: Path, keep_last: int) -> None:
+    """Keep the `keep_last` newest `checkpoint-STEP.pt`; epochs and best-valid are never removed."""
+    found = []
+    for path in Path(exp_dir).glob("checkpoint-*.pt"):
+        match = re.fullmatch(r"checkpoint-(\d+)\.pt", path.name)
+        if match:
+            found.append((int(match.group(1)), path))
+    for _, path in sorted(found)[:-keep_last]:
+        path.unlink()
+
+
+def start_running_average(model: torch.nn.Module) -> State:
+    """A float64 copy of the state dict (integer buffers as they are)."""
+    return {k: v.detach().double() if v.is_floating_point() else v.detach().clone() for k, v in model.state_dict().items()}
+
+
+@torch.no_grad()
+def update_running_average(average: State, model: torch.nn.Module, step: int, period: int) -> None:
+    """Take the weights after `step` updates into the running mean, in place, where `step` is a multiple of `period`.
+
+    The mean after n samples, A_n = A_(n-1) (n-1)/n + theta_n / n, is written as A += (theta - A)/n with
+    n = step/period + 1 (the initial weights are sample one), which loses no digits to a large product.
+    """
+    if step % period:
+        return
+    count = step // period + 1
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            average[name].add_((value.double() - average[name]) / count)
+        else:
+            average[name].copy_(value)
+
+
+def average_of_span(start: State, end: State, start_samples: int, end_samples: int) -> State:
+    """Mean of the weights seen between two running means.
+
+    A_end n_end = A_start n_start + (sum in between), so the mean in between is
+    A_end + (A_end - A_start) n_start / (n_end - n_start): the correction is small where the span is long, while
+    the direct (A_end n_end - A_start n_start)/(n_end - n_start) subtracts two large numbers.
+    """
+    if end_samples <= start_samples:
+        raise UserError(
+            f"no running-average sample lies between the two epochs ({start_samples} and {end_samples} samples): "
+            "use a larger --avg, or --avg 1 without --use-averaged-model"
+        )
+    weight = start_samples / (end_samples - start_samples)
+    out = {}
+    for name, value in end.items():
+        out[name] = value + (value - start[name]) * weight if value.is_floating_point() else value
+    return out
+
+
+def average_of_states(states: List[State]) -> State:
+    """Plain mean of several state dicts (integer buffers from the last)."""
+    out = {}
+    for name, last in states[-1].items():
+        if last.is_floating_point():
+            out[name] = torch.stack([s[name].double() for s in states]).mean(0)
+        else:
+            out[name] = last
+    return out
+
+
+def select_weights(exp_dir: Path, epoch: int, avg: int, use_averaged_model: bool) -> Tuple[State, Dict[str, Any], str]:
+    """Weights for decoding -> (state dict, the checkpoint they end at, a description for file names).
+
+    epoch: N for epoch-N.pt, 0 for the last one, -1 for best-valid.pt.
+    avg: how many epochs, ending at `epoch`; with `use_averaged_model` the mean of all weights in them (from the
+    running average), otherwise the mean of the epochs' last weights.
+    """
+    exp_dir = Path(exp_dir)
+    if epoch == -1:
+        content = load_checkpoint(exp_dir / "best-valid.pt")
+        return content["model"], content, "best-valid"
+    present = epochs_in(exp_dir)
+    if not present:
+        raise UserError(f"{exp_dir} holds no epoch-N.pt{_present(exp_dir)}; train the phase first")
+    epoch = epoch or present[-1]
+    if avg < 1 or avg > epoch:
+        raise UserError(f"--avg {avg} must be between 1 and the epoch, {epoch}")
+    content = load_checkpoint(exp_dir / f"epoch-{epoch}.pt")
+    name = f"epoch-{epoch}-avg-{avg}"
+    if use_averaged_model:
+        name += "-use-averaged-model"
+        if avg == epoch:
+            return content["model_avg"], content, name
+        start = load_checkpoint(exp_dir / f"epoch-{epoch - avg}.pt")
+        state = average_of_span(
+            start["model_avg"], content["model_avg"], _average_samples(start), _average_samples(content)
+        )
+        return state, content, name
+    earlier = [load_checkpoint(exp_dir / f"epoch-{n}.pt")["model"] for n in range(epoch - avg + 1, epoch)]
+    return average_of_states(earlier + [content["model"]]) if earlier else content["model"], content, name
+
+
+def _average_samples(content: Dict[str, Any]) -> int:
+    return content["progress"]["step"] // content["config"]["train"]["average_period"] + 1
