@@ -1,0 +1,117 @@
+"""The one place that names concrete classes: from a phase's configuration to the objects that run it."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+import torch
+
+from transducer_kd import config as cfg
+from transducer_kd.data.datamodule import DataModule
+from transducer_kd.data.tokenizer import Tokenizer
+from transducer_kd.decode import wer
+from transducer_kd.decode.greedy import greedy_search
+from transducer_kd.log import UserError
+from transducer_kd.models.spec_augment import SpecAugment
+from transducer_kd.models.subsampling import subsampled_lens
+from transducer_kd.models.transducer import Transducer
+from transducer_kd.objectives.base import Objective
+from transducer_kd.objectives.transducer import TransducerObjective
+from transducer_kd.train import checkpoint as ckpt
+from transducer_kd.train.trainer import Validation
+
+
+@dataclass
+class LoadedModel:
+    """A trained phase, ready to decode: the model is in eval mode on the device that was asked for."""
+
+    model: Transducer
+    config: cfg.PhaseConfig
+    tokenizer: Tokenizer
+    checkpoint: str  # which weights: "epoch-7-avg-2-use-averaged-model"
+
+
+def build_model(config: cfg.PhaseConfig, vocab_size: int) -> Transducer:
+    """The phase's model with fresh weights, the same for the same `train.seed`."""
+    torch.manual_seed(config.train.seed)
+    return Transducer(config.model, vocab_size, with_ctc=config.loss.ctc_weight > 0)
+
+
+def build_objective(config: cfg.PhaseConfig, vocab_size: int) -> Objective:
+    """What the phase trains. UserError for an objective that does not exist."""
+    if config.objective != "transducer":
+        raise UserError(f"objective={config.objective!r} is not known; known: transducer")
+    return TransducerObjective(build_model(config, vocab_size), config.loss, SpecAugment(config.spec_augment))
+
+
+def build_data(config: cfg.DataConfig, tokenizer: Tokenizer, world_size: int = 1, rank: int = 0) -> DataModule:
+    """Batches of the phase; utterances the encoder makes shorter than their tokens are dropped there."""
+    return DataModule(config, tokenizer, encoder_lens=subsampled_lens, world_size=world_size, rank=rank)
+
+
+def build_tokenizer(config: cfg.DataConfig) -> Tokenizer:
+    """The BPE model of `data.lang_dir`."""
+    if not config.lang_dir:
+        raise UserError("data.lang_dir is not set; pass --set data.lang_dir=DIR (the folder with bpe.model)")
+    return Tokenizer(config.lang_dir)
+
+
+class Validator:
+    """Mean losses over the validation part, and the WER of a few utterances decoded greedily."""
+
+    def __init__(self, data: DataModule, tokenizer: Tokenizer, num_utterances: int, device: torch.device):
+        self.data, self.tokenizer = data, tokenizer
+        self.num_utterances, self.device = num_utterances, device
+
+    def __call__(self, objective: Objective, step: int) -> Validation:
+        """Run on rank 0, without gradients, the objective in eval mode."""
+        sums: Dict[str, float] = {}
+        frames, texts, images = 0.0, [], {}
+        for batch in self.data.valid_batches():
+            batch = batch.to(self.device)
+            output = objective(batch, step)
+            frames += float(output.num_frames)
+            for name, value in output.metrics.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+            if not images:
+                images = objective.images(batch, step)
+            if len(texts) < self.num_utterances:
+                texts += self._decode(objective.model, batch)
+        if not frames:
+            raise UserError("the validation part (data.valid_part) has no usable cut; see the counts in the log")
+        metrics = {name: value / frames for name, value in sums.items()}
+        texts = texts[: self.num_utterances]
+        if texts:
+            pairs = [(cut, ref.split(), hyp.split()) for cut, ref, hyp in texts]
+            metrics["wer"] = wer.word_error_rate(pairs)
+        return Validation(metrics, texts, images)
+
+    def _decode(self, model: Transducer, batch: Any) -> List[Tuple[str, str, str]]:
+        encoder_out, encoder_out_lens = model.encode(batch.features, batch.feature_lens)
+        found = greedy_search(model, encoder_out, encoder_out_lens)
+        hyps = [self.tokenizer.decode(h.tokens) for h in found]
+        return list(zip(batch.cut_ids, batch.texts, hyps))
+
+
+def load_model(
+    exp_dir: Path, epoch: int = 0, avg: int = 1, use_averaged_model: bool = False, device: str = "cpu"
+) -> LoadedModel:
+    """Load a trained phase. epoch 0: the last; -1: best-valid. UserError names what is missing or does not fit."""
+    exp_dir = Path(exp_dir)
+    if not exp_dir.is_dir():
+        raise UserError(f"there is no experiment folder {exp_dir}; train the phase first (run.sh --stage 2)")
+    state, content, name = ckpt.select_weights(exp_dir, epoch, avg, use_averaged_model)
+    config = cfg.from_dict(content["config"], str(exp_dir))
+    tokenizer = build_tokenizer(config.data)
+    if tokenizer.sha256 != content["bpe_sha256"]:
+        raise UserError(
+            f"{exp_dir} was trained with another BPE model than {config.data.lang_dir}/bpe.model "
+            f"(sha256 {content['bpe_sha256'][:12]}, found {tokenizer.sha256[:12]}); decode with the lang_dir it was "
+            "trained with, or train again"
+        )
+    model = build_model(config, tokenizer.vocab_size)
+    reference = model.state_dict()
+    model.load_state_dict({k: v.to(reference[k].dtype) for k, v in state.items()})
+    logging.info("loaded %s of %s (%d parameters deployed)", name, exp_dir, model.deployed_parameters())
+    return LoadedModel(model.eval().to(device), config, tokenizer, name)

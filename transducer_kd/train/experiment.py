@@ -1,0 +1,87 @@
+"""The experiment folder: what it keeps so that a result can be traced and a run resumed.
+
+    config.json   the resolved configuration      meta.json   commit, versions, command, parameter counts
+"""
+
+import json
+import logging
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict
+
+import torch
+
+from transducer_kd.config import PhaseConfig, to_dict
+from transducer_kd.log import UserError, write_json
+
+# Settings that may change between a run and its continuation: they say where and how often, not what is computed.
+_MAY_CHANGE = {
+    "train.log_every", "train.valid_every", "train.valid_wer_utterances", "train.save_every", "train.keep_last",
+    "train.num_threads", "train.max_nonfinite", "data.num_workers", "data.fbank_dir", "data.lang_dir",
+}  # fmt: skip
+
+
+def prepare_exp_dir(exp_dir: Path, config: PhaseConfig, restart: bool) -> None:
+    """Create `exp_dir`, or check that what it holds was made with the same configuration.
+
+    restart: move what is there to `<exp_dir>.old-<time>` (nothing is deleted) and begin anew.
+    Raises UserError that lists the keys that differ.
+    """
+    exp_dir = Path(exp_dir)
+    if restart and exp_dir.exists():
+        kept = exp_dir.with_name(f"{exp_dir.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+        exp_dir.rename(kept)
+        logging.info("moved the earlier run to %s", kept)
+    path = exp_dir / "config.json"
+    new = to_dict(config)
+    if path.exists() and (any(exp_dir.glob("epoch-*.pt")) or any(exp_dir.glob("checkpoint-*.pt"))):
+        try:
+            old = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:
+            raise UserError(f"{path} is not JSON; start again with --restart") from None
+        a, b = _flat(old), _flat(new)
+        differing = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and k not in _MAY_CHANGE]
+        if differing:
+            shown = ", ".join(f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in differing)
+            raise UserError(
+                f"{exp_dir} holds a run with another configuration ({shown}); resume with the same one, use another "
+                "--exp-dir, or start again with --restart (the old run is moved aside, not deleted)"
+            )
+    exp_dir.mkdir(parents=True, exist_ok=True)
+    write_json(path, new)
+
+
+def _flat(tree: Dict[str, Any], prefix: str = "") -> Dict[str, Any]:
+    out: Dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            out.update(_flat(value, f"{prefix}{key}."))
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def write_meta(exp_dir: Path, extra: Dict[str, Any]) -> None:
+    """Write meta.json: where these weights come from."""
+    meta = {
+        "commit": git_commit(),
+        "command": " ".join(sys.argv),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+    }
+    write_json(Path(exp_dir) / "meta.json", {**meta, **extra})
+
+
+def git_commit() -> str:
+    """Commit of the running code, with "-dirty" where tracked files differ from it; "unknown" outside git."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude", "*", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

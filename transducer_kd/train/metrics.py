@@ -1,0 +1,66 @@
+"""Sums of metrics between two log lines, and the append-only training log that reports read."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List
+
+from transducer_kd.log import UserError, atomic_write
+
+
+@dataclass
+class MetricsWindow:
+    """Sums since the last log line; `means` divides them by frames once.
+
+    It is part of a checkpoint, so that a run resumed in the middle of a window logs what the uninterrupted one did.
+    """
+
+    sums: Dict[str, float] = field(default_factory=dict)
+    num_frames: float = 0.0
+    updates: int = 0
+    grad_norm_sum: float = 0.0
+
+    def add(self, sums: Dict[str, float], num_frames: float) -> None:
+        """Take in one batch's sums (all ranks together)."""
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.num_frames += num_frames
+
+    def means(self) -> Dict[str, float]:
+        """Every sum per encoder frame, and the mean gradient norm."""
+        out = {name: value / max(self.num_frames, 1.0) for name, value in self.sums.items()}
+        out["grad_norm"] = self.grad_norm_sum / max(self.updates, 1)
+        return out
+
+
+class TrainLog:
+    """`train_log.jsonl`: one JSON object a line, the machine-readable twin of the log lines.
+
+    On resume the lines beyond the checkpoint's update are cut off: the run writes them again.
+    """
+
+    def __init__(self, path: Path, resume_step: int):
+        self.path = Path(path)
+        kept = [line for line in read_train_log(self.path) if line["step"] <= resume_step] if resume_step else []
+        with atomic_write(self.path) as f:
+            f.writelines(json.dumps(line) + "\n" for line in kept)
+
+    def append(self, line: Dict[str, Any]) -> None:
+        """Append one object; it needs `kind` and `step`."""
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(line) + "\n")
+
+
+def read_train_log(path: Path) -> List[Dict[str, Any]]:
+    """Lines of a training log; a last line cut short by a killed process is left out."""
+    if not Path(path).exists():
+        return []
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    out = []
+    for number, text in enumerate(lines, 1):
+        try:
+            out.append(json.loads(text))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise UserError(f"{path}:{number} is not JSON; move the file away to start a new log") from None
+    return out
