@@ -1,0 +1,115 @@
+"""Total score and arc occupancies of a transducer lattice, in plain torch, for CPU and CUDA.
+
+N batch, T' encoder frames, U tokens. Node (u, t): u tokens emitted before frame t is over. Two arcs leave it:
+    px[n, u, t]   emit token u, go to (u+1, t)        (N, U, T')
+    py[n, u, t]   emit blank, go to (u, t+1)          (N, U+1, T')
+A path runs from (0, 0) to (U_n, T'_n); the blank of the last frame is the last arc.
+
+All arcs lead from anti-diagonal d = u + t to d + 1, so a diagonal of the whole batch is computed at once and the
+loop has T' + U steps. Lattices are stored skewed, (D, N, U+1) with D = T' + U + 1 diagonals, row d holding the
+nodes (u, d - u): then step d is arithmetic between neighbouring rows.
+
+Source of the recursion: Graves 2012, "Sequence transduction with recurrent neural networks" (arXiv:1211.3711).
+The slow twin is `rnnt_reference.py`.
+"""
+
+from typing import Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+
+NEG_INF = float("-inf")
+Grads = Tuple[torch.Tensor, torch.Tensor]
+
+
+@torch.no_grad()
+def lattice_scores(
+    px: torch.Tensor, py: torch.Tensor, boundary: torch.Tensor, with_grads: bool = True
+) -> Tuple[torch.Tensor, Optional[Grads]]:
+    """Log-sum over all paths, and its gradient.
+
+    px (N,U,T'), py (N,U+1,T') log-probabilities; -inf closes an arc. boundary (N,4) as [0, 0, U_n, T'_n].
+    Returns scores (N,), -inf where no path is open, and (px_grad, py_grad), shaped like px and py: the posterior
+    probability of passing each arc. Arcs outside the boundary have zero, so have all arcs of a pathless lattice.
+    """
+    num_frames = py.shape[2]
+    px, py = _close_outside(px, py, boundary)
+    px = _skew(F.pad(px, (0, 0, 0, 1), value=NEG_INF))  # a closed row U: both are (D, N, U+1) now
+    py = _skew(py)
+    alpha = _forward(px, py)
+    end_u, end_d = boundary[:, 2], boundary[:, 2] + boundary[:, 3]
+    scores = alpha[end_d, torch.arange(len(end_u), device=px.device), end_u]
+    if not with_grads:
+        return scores, None
+    x_flow, y_flow = _backward(alpha, px, py, end_d, end_u)
+    return scores, (_unskew(x_flow, num_frames)[:, :-1], _unskew(y_flow, num_frames))
+
+
+def _close_outside(px: torch.Tensor, py: torch.Tensor, boundary: torch.Tensor) -> Grads:
+    """Set the arcs that start outside an utterance's own lattice, or leave it, to -inf."""
+    u = torch.arange(py.shape[1], device=py.device)[None, :, None]
+    t = torch.arange(py.shape[2], device=py.device)[None, None, :]
+    end_u, end_t = boundary[:, 2, None, None], boundary[:, 3, None, None]
+    px = px.masked_fill((u[:, :-1] >= end_u) | (t >= end_t), NEG_INF)
+    return px, py.masked_fill((u > end_u) | (t >= end_t), NEG_INF)
+
+
+def _skew(arcs: torch.Tensor) -> torch.Tensor:
+    """(N, U+1, T') -> (D, N, U+1) with out[d, n, u] = arcs[n, u, d - u], -inf where d - u is no frame.
+
+    Rows padded to D + 1 and read back as rows of D: entry (u, d) sits at u D + d = u (D + 1) + (d - u), which is
+    column d - u of row u; for d < u it is column D + 1 + d - u >= D + 1 - U > T' of row u - 1: padding.
+    """
+    n, rows, frames = arcs.shape
+    diagonals = frames + rows
+    flat = F.pad(arcs, (0, diagonals + 1 - frames), value=NEG_INF).reshape(n, rows * (diagonals + 1))
+    return flat[:, : rows * diagonals].reshape(n, rows, diagonals).permute(2, 0, 1).contiguous()
+
+
+def _unskew(skewed: torch.Tensor, frames: int) -> torch.Tensor:
+    """Inverse of `_skew`: (D, N, U+1) -> (N, U+1, T')."""
+    diagonals, n, rows = skewed.shape
+    flat = skewed.permute(1, 2, 0).reshape(n, rows * diagonals)
+    return F.pad(flat, (0, rows)).reshape(n, rows, diagonals + 1)[:, :, :frames]
+
+
+def _forward(px: torch.Tensor, py: torch.Tensor) -> torch.Tensor:
+    """alpha (D, N, U+1): log-sum of the paths from (0, 0) to each node."""
+    alpha = torch.full_like(py, NEG_INF)
+    alpha[0, :, 0] = 0.0
+    for d in range(1, alpha.shape[0]):
+        by_blank = alpha[d - 1] + py[d - 1]
+        by_token = (alpha[d - 1] + px[d - 1])[:, :-1]
+        alpha[d, :, 0] = by_blank[:, 0]
+        torch.logaddexp(by_blank[:, 1:], by_token, out=alpha[d, :, 1:])
+    return alpha
+
+
+def _backward(
+    alpha: torch.Tensor, px: torch.Tensor, py: torch.Tensor, end_d: torch.Tensor, end_u: torch.Tensor
+) -> Grads:
+    """Arc occupancies, (D, N, U+1) each.
+
+    Probability 1 is put on the last node and flows back: each node hands its share to its two incoming arcs in
+    proportion to what they brought. Unlike exp(alpha + arc + beta - score) this keeps the flow through every
+    diagonal at exactly 1 however long the utterance, and needs no second recursion in the log domain.
+    """
+    reached = alpha[1:]
+    x_share = torch.zeros_like(px)  # of node (u+1, t), along the arc from (u, t)
+    y_share = torch.zeros_like(py)
+    x_share[:-1, :, :-1] = _share(alpha[:-1, :, :-1] + px[:-1, :, :-1], reached[:, :, 1:])
+    y_share[:-1] = _share(alpha[:-1] + py[:-1], reached)
+    node = torch.zeros_like(alpha)
+    batch = torch.arange(len(end_u), device=px.device)
+    node[end_d, batch, end_u] = (alpha[end_d, batch, end_u] > NEG_INF).to(alpha.dtype)
+    for d in range(alpha.shape[0] - 2, -1, -1):
+        node[d].addcmul_(node[d + 1], y_share[d])
+        node[d, :, :-1].addcmul_(node[d + 1, :, 1:], x_share[d, :, :-1])
+    x_share[:-1, :, :-1] *= node[1:, :, 1:]
+    y_share[:-1] *= node[1:]
+    return x_share, y_share
+
+
+def _share(arc: torch.Tensor, node: torch.Tensor) -> torch.Tensor:
+    """exp(arc - node), zero where the node cannot be reached (there the difference is inf - inf)."""
+    return torch.where(node > NEG_INF, arc - node, arc.new_tensor(NEG_INF)).exp()
