@@ -1,0 +1,110 @@
+"""Multi-head self-attention with rotary position embedding (RoFormer, arXiv:2104.09864).
+
+Rotating queries and keys by an angle proportional to their position makes the scores depend on distances
+only. So a streaming cache can hold a layer's inputs: positions are counted anew, from the oldest cached
+frame, in every chunk.
+
+Shapes: N batch, T frames, D model dimension, H heads, E channels of a head, M cached frames.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RotaryTable(nn.Module):
+    """cos and sin of position x frequency, computed in float64: a float32 angle of a late frame is coarse.
+
+    The table is no buffer: it follows from `head_dim`, and as it grows with the longest utterance seen, the
+    processes of a DDP run could not keep it in step.
+    """
+
+    def __init__(self, head_dim: int, max_len: int = 1024, base: float = 10000.0) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.base = base
+        self._table = self._compute(max_len)
+
+    def _compute(self, length: int) -> Tensor:
+        frequency = self.base ** (-torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim)
+        angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
+        return torch.stack([angle.cos(), angle.sin()]).float()[:, :, None, None]
+
+    def forward(self, length: int, device: torch.device) -> Tensor:
+        """(2, length, 1, 1, E/2): cos and sin for the positions 0 .. length-1."""
+        if length > self._table.size(1):
+            self._table = self._compute(2 * int(length))
+        if self._table.device != device:
+            self._table = self._table.to(device)
+        return self._table[:, :length]
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate the channel pairs (e, e + E/2) of x (N, T, ..., H, E) by the angles in `table` (2, T, 1, 1,
+    E/2).
+    """
+    cos, sin = table[0], table[1]
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def attend_matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q k' / sqrt(E) + bias) v with q (N, H, Tq, E), k and v (N, H, Tk, E), bias broadcast to (N, H,
+    Tq, Tk).
+    """
+    scores = torch.matmul(q * (1.0 / math.sqrt(q.size(-1))), k.transpose(-2, -1))
+    return torch.matmul((scores + bias).softmax(dim=-1).to(v.dtype), v)
+
+
+def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """The same as attend_matmul in torch's own kernel, which torch 1.13 does not have."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+
+
+attend = attend_fused if hasattr(F, "scaled_dot_product_attention") else attend_matmul
+
+
+class SelfAttention(nn.Module):
+    """Self-attention whose heads need not add up to the model dimension, so that whole heads can be
+    pruned.
+    """
+
+    def __init__(self, dim: int, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.inner_dim = num_heads * head_dim
+        self.qkv = nn.Linear(dim, 3 * self.inner_dim)  # rows: queries, keys, values; each by head
+        self.out = nn.Linear(self.inner_dim, dim)
+        nn.init.xavier_uniform_(self.qkv.weight, gain=1 / math.sqrt(2))
+        nn.init.zeros_(self.qkv.bias)
+
+    def forward(self, x: Tensor, rotary: Tensor, bias: Tensor, cache: Optional[Tensor] = None) -> Tensor:
+        """Attend from x (N, T, D) to cache (N, M, D) and x.
+
+        rotary: RotaryTable's (2, M+T, 1, 1, E/2); bias: broadcast to (N, H, T, M+T). Returns (N, T, D).
+        """
+        if cache is None:
+            qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+            q, k = rotate(qkv[:, :, :2], rotary).unbind(2)
+            v = qkv[:, :, 2]
+        else:
+            q, k, v = self._project_with_cache(x, cache, rotary)
+        # Under autocast the rotation has promoted q and k to float32.
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def _project_with_cache(self, x: Tensor, cache: Tensor, rotary: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """Queries of x only, keys and values of cache and x: (N, T, H, E), (N, M+T, H, E) twice."""
+        weight, bias, inner = self.qkv.weight, self.qkv.bias, self.inner_dim
+        q = F.linear(x, weight[:inner], bias[:inner]).unflatten(-1, (1, self.num_heads, self.head_dim))
+        kv = F.linear(torch.cat([cache, x], dim=1), weight[inner:], bias[inner:])
+        kv = kv.unflatten(-1, (2, self.num_heads, self.head_dim))
+        q = rotate(q, rotary[:, cache.size(1) :])
+        return q[:, :, 0], rotate(kv[:, :, :1], rotary)[:, :, 0], kv[:, :, 1]

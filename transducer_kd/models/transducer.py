@@ -1,0 +1,72 @@
+"""The transducer: encoder, decoder (prediction network) and joiner, with the heads that only training uses.
+
+Shapes: N batch, T feature frames, C mel bins, T' encoder frames, U tokens, D decoder_dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import List, Optional, Tuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from transducer_kd.config import ModelConfig
+from transducer_kd.models.conformer import Conformer
+from transducer_kd.models.decoder import BLANK_ID, LstmDecoder, StatelessDecoder
+from transducer_kd.models.joiner import Joiner
+
+_DECODERS = {"stateless": StatelessDecoder, "lstm": LstmDecoder}
+
+
+class Transducer(nn.Module):
+    """Holds the parts; losses and searches call them.
+
+    simple_am_proj and simple_lm_proj feed the pruned loss's first pass (arXiv:2206.13236), ctc_output an
+    auxiliary CTC loss (None without). None of the three is deployed.
+    """
+
+    blank_id = BLANK_ID
+
+    def __init__(self, cfg: ModelConfig, vocab_size: int, with_ctc: bool = False) -> None:
+        super().__init__()
+        self.config = cfg
+        self.vocab_size = vocab_size
+        encoder_dim, decoder_dim = cfg.encoder.encoder_dim, cfg.decoder.decoder_dim
+        self.encoder = Conformer(cfg.encoder)
+        self.decoder = _DECODERS[cfg.decoder.kind](cfg.decoder, vocab_size)
+        self.joiner = Joiner(encoder_dim, decoder_dim, cfg.joiner_dim, vocab_size)
+        self.simple_am_proj = nn.Linear(encoder_dim, vocab_size)
+        self.simple_lm_proj = nn.Linear(decoder_dim, vocab_size)
+        self.ctc_output = nn.Linear(encoder_dim, vocab_size) if with_ctc else None
+
+    def encode(self, x: Tensor, x_lens: Tensor, chunk_size: Optional[int] = None) -> Tuple[Tensor, Tensor]:
+        """(N, T, C), (N,) -> encoder_out (N, T', encoder_dim), encoder_out_lens (N,). See
+        Conformer.forward.
+        """
+        return self.encoder(x, x_lens, chunk_size)
+
+    def decode_labels(self, y: Tensor) -> Tensor:
+        """Labels y (N, U), padded, without blanks -> decoder_out (N, U+1, D); row u has seen u labels."""
+        return self.decoder(F.pad(y, (1, 0), value=self.blank_id))
+
+    def deployed_parameters(self) -> int:
+        """Number of parameters that run on a device: encoder, decoder and joiner."""
+        return sum(_count(module) for module in (self.encoder, self.decoder, self.joiner))
+
+    def parameter_table(self) -> str:
+        """Parameters of each part, one line each, for the log."""
+        rows: List[Tuple[str, int]] = [
+            ("encoder.subsampling", _count(self.encoder.subsampling)),
+            (f"encoder.layers ({len(self.encoder.layers)})", _count(self.encoder.layers)),
+            ("encoder.norm", _count(self.encoder.norm)),
+            ("decoder", _count(self.decoder)),
+            ("joiner", _count(self.joiner)),
+            ("deployed", self.deployed_parameters()),
+            ("training only", _count(self) - self.deployed_parameters()),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}} {number:>12,}" for name, number in rows)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
