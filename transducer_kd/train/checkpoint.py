@@ -3,7 +3,7 @@
 A checkpoint is a dict of tensors and plain values:
     model       state dict of the trained model
     model_avg   its running average since update 0, float64 (see `update_running_average`)
-    optimizer, scaler, progress {step, epoch, batch_in_epoch, best_valid_loss, nonfinite}, window (metrics since the last log line)
+    optimizer, scaler, progress (step, epoch, batch_in_epoch, ...), window (metrics since the last log line)
     config      the phase's configuration as nested dicts;  bpe_sha256: hash of the BPE model it was trained with
 Files: `epoch-N.pt` after N passes over the data, `checkpoint-STEP.pt` in between, `best-valid.pt`.
 """
@@ -26,7 +26,7 @@ def save_checkpoint(path: Path, content: Dict[str, Any]) -> None:
     """Write `content` to `path`; a reader never sees a half-written file. UserError when the disk is full."""
     try:
         with atomic_write(path, "wb") as f:
-            torch.save(content, f)
+            torch.save(_pack(content), f)
     except RuntimeError as e:
         # torch's zip writer turns a failed write into a RuntimeError without an errno.
         if "PytorchStreamWriter" in str(e) or "write" in str(e).lower():
@@ -46,7 +46,29 @@ def load_checkpoint(path: Path, device: Any = "cpu") -> Dict[str, Any]:
         raise UserError(f"checkpoint {path} cannot be read ({reason}); delete it and resume from an older one") from None
     if not isinstance(content, dict) or "model" not in content:
         raise UserError(f"{path} is not a checkpoint of this project: it has no 'model' entry")
-    return content
+    return _unpack(content)
+
+
+# torch 1.13's weights_only reader knows no Python float, so floats are kept as their exact hexadecimal text.
+_FLOAT_KEY = "__float__"
+
+
+def _pack(tree: Any) -> Any:
+    if isinstance(tree, float):
+        return {_FLOAT_KEY: tree.hex()}
+    if isinstance(tree, dict):
+        return {k: _pack(v) for k, v in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_pack(v) for v in tree]
+    return tree
+
+
+def _unpack(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        if _FLOAT_KEY in tree:
+            return float.fromhex(tree[_FLOAT_KEY])
+        return {k: _unpack(v) for k, v in tree.items()}
+    return [_unpack(v) for v in tree] if isinstance(tree, list) else tree
 
 
 def _present(folder: Path) -> str:

@@ -1,0 +1,69 @@
+"""Configuration: layers win in order, and every mistake names its key and its file."""
+
+import pytest
+
+from transducer_kd.config import PhaseConfig, from_dict, load_config, to_dict
+from transducer_kd.log import UserError
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_layers_win_in_order(tmp_path):
+    write(tmp_path / "base.yaml", "optim: {lr: 1.0, warmup_steps: 7}\nmodel: {joiner_dim: 9}\n")
+    path = write(tmp_path / "phase.yaml", "base: base.yaml\noptim: {lr: 2e-3}\n")
+    config = load_config(path, ["model.encoder.dropout=0", "data.train_parts=[a, b]"])
+    assert (config.optim.lr, config.optim.warmup_steps, config.model.joiner_dim) == (2e-3, 7, 9)
+    assert config.model.encoder.dropout == 0.0 and config.data.train_parts == ["a", "b"]
+    assert config.train == PhaseConfig().train
+
+
+def test_round_trip():
+    config = load_config(None, ["loss.s_range=7"])
+    assert from_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("optim: {learning_rate: 1}", r"phase\.yaml: unknown key optim\.learning_rate"),
+        ("optim: {warmup_step: 1}", r"did you mean warmup_steps\?"),
+        ("model: {encoder: {num_layers: six}}", r"model\.encoder\.num_layers must be of type int, not 'six'"),
+        ("train: {max_steps: 1.5}", r"train\.max_steps must be of type int"),
+        ("train: {max_steps: true}", r"train\.max_steps must be of type int"),
+        ("data: {train_parts: train}", r"data\.train_parts must be a list"),
+        ("optim: 3", r"optim must be a section"),
+        ("- a", r"expected sections"),
+        ("optim: {lr: [", r"not valid YAML"),
+        ("train: {precision: int8}", r"train\.precision='int8' is not one of fp32, bf16, fp16"),
+        ("train: {max_steps: 0}", r"train\.max_steps=0 must be greater than 0"),
+        ("model: {encoder: {encoder_dim: 100, num_heads: 3}}", r"encoder_dim=100 must be an even multiple"),
+        ("base: nowhere.yaml", r"nowhere\.yaml does not exist"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        load_config(write(tmp_path / "phase.yaml", text))
+
+
+def test_error_in_the_base_names_the_base(tmp_path):
+    write(tmp_path / "base.yaml", "optim: {lrr: 1.0}\n")
+    with pytest.raises(UserError, match=r"base\.yaml: unknown key optim\.lrr"):
+        load_config(write(tmp_path / "phase.yaml", "base: base.yaml\n"))
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("optim.lr", "section.key=value"),
+        ("optim.lrr=1", "did you mean lr"),
+        ("optimm.lr=1", "did you mean optim"),
+        ("optim.lr=fast", "must be of type float"),
+        ("optim.lr.x=1", "unknown key optim.lr.x"),
+    ],
+)
+def test_mistakes_in_an_override_are_named(override, message):
+    with pytest.raises(UserError, match=message):
+        load_config(None, [override])

@@ -1,0 +1,185 @@
+"""The loop: exact resume, global normalisation, accumulation, skipped batches, signals, what it leaves on disk."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from toy import ToyObjective, toy_batches, toy_trainer  # noqa: E402
+
+from transducer_kd.log import UserError
+from transducer_kd.train import checkpoint as ckpt
+from transducer_kd.train.metrics import read_train_log
+
+
+def losses(exp_dir):
+    """Everything in the training log but the clock."""
+    lines = read_train_log(exp_dir / "train_log.jsonl")
+    return [{k: v for k, v in line.items() if k not in ("elapsed_s", "audio_s_per_s")} for line in lines]
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.objective.parameters()])
+
+
+def test_files_of_a_run(tmp_path):
+    trainer = toy_trainer(tmp_path)
+    assert trainer.run() is True
+    # 18 updates of 5 a pass: three whole epochs and a part of the fourth.
+    assert ckpt.epochs_in(tmp_path) == [1, 2, 3, 4]
+    kept = sorted(int(p.stem.split("-")[1]) for p in tmp_path.glob("checkpoint-*.pt"))
+    assert kept == [9, 12, 15]
+    assert (tmp_path / "best-valid.pt").exists() and list((tmp_path / "tensorboard").iterdir())
+    lines = losses(tmp_path)
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [4, 8, 12, 16, 18]
+    assert [line["step"] for line in lines if line["kind"] == "valid"] == [6, 12, 18]
+
+
+@pytest.mark.parametrize("stop_after, resumes_at", [(1, 0), (4, 4), (5, 4), (7, 6), (13, 12)])
+def test_resumed_run_goes_through_the_same_numbers(tmp_path, stop_after, resumes_at):
+    whole = toy_trainer(tmp_path / "whole")
+    whole.run()
+    # Killed without a chance to save: the second process starts from whatever checkpoint there was.
+    first = toy_trainer(tmp_path / "cut", "train.save_every=2")
+    update = first._update
+
+    def killed(*args):
+        update(*args)
+        if first.progress.step == stop_after:
+            raise KeyboardInterrupt
+
+    first._update = killed
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    second = toy_trainer(tmp_path / "cut", "train.save_every=2")
+    resumed_update, done = second._update, []
+    second._update = lambda *args: (resumed_update(*args), done.append(1))
+    second.run()
+    assert len(done) == 18 - resumes_at
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert torch.equal(weights(second), weights(whole))
+    for name, value in whole.average.items():
+        assert torch.equal(second.average[name], value)
+
+
+def test_sigterm_saves_and_the_run_goes_on_from_there(tmp_path):
+    toy_trainer(tmp_path / "whole").run()
+    trainer = toy_trainer(tmp_path / "cut", "train.save_every=1000")
+    update = trainer._update
+
+    def interrupted(*args):
+        update(*args)
+        if trainer.progress.step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer._update = interrupted
+    assert trainer.run() is False
+    assert ckpt.load_checkpoint(tmp_path / "cut" / "checkpoint-7.pt")["progress"]["step"] == 7
+    assert toy_trainer(tmp_path / "cut", "train.save_every=1000").run() is True
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_gradient_does_not_depend_on_how_a_batch_is_cut(tmp_path):
+    """Accumulating pieces of unequal size equals one batch with everything."""
+
+    def whole(epoch, start):
+        parts = list(toy_batches(1, 0, num_batches=3))
+        parts[0].features = torch.cat([p.features for p in parts])
+        yield parts[0]
+
+    one = toy_trainer(tmp_path / "a", "train.max_steps=1", dropout=0.0, batches=whole)
+    one.run()
+    three = toy_trainer(tmp_path / "b", "train.max_steps=1", "train.accumulate=3", dropout=0.0)
+    three.run()
+    torch.testing.assert_close(weights(one), weights(three), rtol=1e-6, atol=1e-7)
+    assert losses(tmp_path / "a")[0]["loss"] == pytest.approx(losses(tmp_path / "b")[0]["loss"], rel=1e-6)
+
+
+def test_loss_is_divided_once_by_all_frames(tmp_path):
+    toy_trainer(tmp_path, "train.max_steps=1", "optim.lr=1e-9", dropout=0.0).run()
+    batch = next(toy_batches(1, 0))
+    objective = ToyObjective(0.0)
+    expected = objective(batch, 0).loss_sum / len(batch.features)
+    assert losses(tmp_path)[0]["loss"] == pytest.approx(float(expected), rel=1e-6)
+    expected.backward()
+    norm = torch.cat([p.grad.flatten() for p in objective.parameters()]).norm()
+    assert losses(tmp_path)[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+
+
+def test_non_finite_batch_is_named_saved_and_skipped(tmp_path, caplog):
+    trainer = toy_trainer(tmp_path, poison={(1, 2)})
+    assert trainer.run() is True
+    assert "cut-1-2-0 (T=3, U=3)" in caplog.text and trainer.progress.nonfinite == 1
+    saved = torch.load(tmp_path / "nonfinite-2-rank0.pt", weights_only=True)
+    assert saved["cut_ids"][0] == "cut-1-2-0" and torch.isnan(saved["features"]).any()
+    assert torch.isfinite(weights(trainer)).all()
+
+
+def test_too_many_non_finite_batches_end_the_run(tmp_path):
+    poison = {(1, i) for i in range(5)}
+    with pytest.raises(UserError, match=r"number 3, train\.max_nonfinite=2"):
+        toy_trainer(tmp_path, "train.max_nonfinite=2", poison=poison).run()
+
+
+def test_finished_run_is_not_trained_again(tmp_path):
+    toy_trainer(tmp_path).run()
+    before = (tmp_path / "train_log.jsonl").read_bytes()
+    assert toy_trainer(tmp_path).run() is True
+    assert (tmp_path / "train_log.jsonl").read_bytes() == before
+
+
+def test_other_bpe_model_is_refused(tmp_path):
+    toy_trainer(tmp_path).run()
+    other = toy_trainer(tmp_path)
+    other.bpe_sha256 = "other"
+    with pytest.raises(UserError, match="another BPE model"):
+        other.run()
+
+
+def test_no_batch_is_an_error_not_an_endless_loop(tmp_path):
+    with pytest.raises(UserError, match="epoch 1 has no batch"):
+        toy_trainer(tmp_path, batches=lambda epoch, start: iter(())).run()
+
+
+def test_fp16_needs_a_gpu(tmp_path):
+    with pytest.raises(UserError, match="fp16 needs a CUDA device"):
+        toy_trainer(tmp_path, "train.precision=fp16")
+
+
+KILLED_RUN = """
+import sys, time
+sys.path.insert(0, sys.argv[2])
+from toy import toy_trainer
+trainer = toy_trainer(sys.argv[1], "train.save_every=1", "train.max_steps=40")
+update = trainer._update
+def slow(*args):
+    update(*args)
+    time.sleep(0.02)
+trainer._update = slow
+trainer.run()
+"""
+
+
+def test_kill_9_at_any_moment_loses_nothing(tmp_path):
+    """Real SIGKILLs, also in the middle of writing checkpoints; the last run ends where the uninterrupted one does."""
+    command = [sys.executable, "-c", KILLED_RUN, str(tmp_path / "cut"), str(Path(__file__).parent)]
+    log = tmp_path / "cut" / "train_log.jsonl"
+    for delay in (0.05, 0.13, 0.31):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        seen = log.stat().st_mtime_ns if log.exists() else 0
+        deadline = time.monotonic() + 60
+        while (not log.exists() or log.stat().st_mtime_ns == seen) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, timeout=120)
+    toy_trainer(tmp_path / "whole", "train.save_every=1", "train.max_steps=40").run()
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
