@@ -94,11 +94,14 @@ def _backward(
     proportion to what they brought. Unlike exp(alpha + arc + beta - score) this keeps the flow through every
     diagonal at exactly 1 however long the utterance, and needs no second recursion in the log domain.
     """
-    reached = alpha[1:]
     x_share = torch.zeros_like(px)  # of node (u+1, t), along the arc from (u, t)
     y_share = torch.zeros_like(py)
-    x_share[:-1, :, :-1] = _share(alpha[:-1, :, :-1] + px[:-1, :, :-1], reached[:, :, 1:])
-    y_share[:-1] = _share(alpha[:-1] + py[:-1], reached)
+    by_token = F.pad((alpha[:-1] + px[:-1])[:, :, :-1], (1, 0), value=NEG_INF)  # at the node it leads to
+    by_blank = alpha[:-1] + py[:-1]
+    token_share = torch.sigmoid(by_token - by_blank).nan_to_num_(0.0)  # nan: -inf - -inf, no arc is open
+    blank_share = torch.sigmoid(by_blank - by_token).nan_to_num_(0.0)
+    x_share[:-1, :, :-1] = token_share[:, :, 1:]
+    y_share[:-1] = blank_share
     node = torch.zeros_like(alpha)
     batch = torch.arange(len(end_u), device=px.device)
     node[end_d, batch, end_u] = (alpha[end_d, batch, end_u] > NEG_INF).to(alpha.dtype)
@@ -109,7 +112,3 @@ def _backward(
     y_share[:-1] *= node[1:]
     return x_share, y_share
 
-
-def _share(arc: torch.Tensor, node: torch.Tensor) -> torch.Tensor:
-    """exp(arc - node), zero where the node cannot be reached (there the difference is inf - inf)."""
-    return torch.where(node > NEG_INF, arc - node, arc.new_tensor(NEG_INF)).exp()
