@@ -1,1 +1,1 @@
-"""Losses of the maths alone: tensors in, scalars (one per utterance) out. They know no model, no data and no trainer."""
+"""Losses: tensors in, one scalar per utterance out. They know no model, no data and no trainer."""

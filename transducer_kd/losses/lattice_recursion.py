@@ -5,12 +5,12 @@ N batch, T' encoder frames, U tokens. Node (u, t): u tokens emitted before frame
     py[n, u, t]   emit blank, go to (u, t+1)          (N, U+1, T')
 A path runs from (0, 0) to (U_n, T'_n); the blank of the last frame is the last arc.
 
-All arcs lead from anti-diagonal d = u + t to d + 1, so a diagonal of the whole batch is computed at once and the
-loop has T' + U steps. Lattices are stored skewed, (D, N, U+1) with D = T' + U + 1 diagonals, row d holding the
-nodes (u, d - u): then step d is arithmetic between neighbouring rows.
+All arcs lead from anti-diagonal d = u + t to d + 1, so a diagonal of the whole batch is computed at once and
+the loop has T' + U steps. Lattices are stored skewed, (D, N, U+1) with D = T' + U + 1 diagonals, row d
+holding the nodes (u, d - u): then step d is arithmetic between neighbouring rows.
 
-Source of the recursion: Graves 2012, "Sequence transduction with recurrent neural networks" (arXiv:1211.3711).
-The slow twin is `rnnt_reference.py`.
+Source of the recursion: Graves 2012, "Sequence transduction with recurrent neural networks"
+(arXiv:1211.3711). The slow twin is `rnnt_reference.py`.
 """
 
 from typing import Optional, Tuple
@@ -29,8 +29,8 @@ def lattice_scores(
     """Log-sum over all paths, and its gradient.
 
     px (N,U,T'), py (N,U+1,T') log-probabilities; -inf closes an arc. boundary (N,4) as [0, 0, U_n, T'_n].
-    Returns scores (N,), -inf where no path is open, and (px_grad, py_grad), shaped like px and py: the posterior
-    probability of passing each arc. Arcs outside the boundary have zero, so have all arcs of a pathless lattice.
+    Returns scores (N,), -inf where no path is open, and (px_grad, py_grad), shaped like px and py: the
+    posterior probability of passing each arc; zero outside the boundary and in a lattice without a path.
     """
     num_frames = py.shape[2]
     px, py = _close_outside(px, py, boundary)
@@ -57,8 +57,8 @@ def _close_outside(px: torch.Tensor, py: torch.Tensor, boundary: torch.Tensor) -
 def _skew(arcs: torch.Tensor) -> torch.Tensor:
     """(N, U+1, T') -> (D, N, U+1) with out[d, n, u] = arcs[n, u, d - u], -inf where d - u is no frame.
 
-    Rows padded to D + 1 and read back as rows of D: entry (u, d) sits at u D + d = u (D + 1) + (d - u), which is
-    column d - u of row u; for d < u it is column D + 1 + d - u >= D + 1 - U > T' of row u - 1: padding.
+    Rows padded to D + 1 and read back as rows of D: entry (u, d) sits at u D + d = u (D + 1) + (d - u), which
+    is column d - u of row u; for d < u it is column D + 1 + d - u >= D + 1 - U > T' of row u - 1: padding.
     """
     n, rows, frames = arcs.shape
     diagonals = frames + rows
@@ -90,18 +90,16 @@ def _backward(
 ) -> Grads:
     """Arc occupancies, (D, N, U+1) each.
 
-    Probability 1 is put on the last node and flows back: each node hands its share to its two incoming arcs in
-    proportion to what they brought. Unlike exp(alpha + arc + beta - score) this keeps the flow through every
-    diagonal at exactly 1 however long the utterance, and needs no second recursion in the log domain.
+    Probability 1 is put on the last node and flows back: each node hands its share to its two incoming arcs
+    in proportion to what they brought. Unlike exp(alpha + arc + beta - score) this keeps the flow through
+    every diagonal at 1 however long the utterance, and needs no second recursion in the log domain.
     """
-    x_share = torch.zeros_like(px)  # of node (u+1, t), along the arc from (u, t)
-    y_share = torch.zeros_like(py)
     by_token = F.pad((alpha[:-1] + px[:-1])[:, :, :-1], (1, 0), value=NEG_INF)  # at the node it leads to
     by_blank = alpha[:-1] + py[:-1]
     token_share = torch.sigmoid(by_token - by_blank).nan_to_num_(0.0)  # nan: -inf - -inf, no arc is open
     blank_share = torch.sigmoid(by_blank - by_token).nan_to_num_(0.0)
-    x_share[:-1, :, :-1] = token_share[:, :, 1:]
-    y_share[:-1] = blank_share
+    x_share = F.pad(token_share[:, :, 1:], (0, 1, 0, 0, 0, 1))  # indexed by the node the arc leaves
+    y_share = F.pad(blank_share, (0, 0, 0, 0, 0, 1))
     node = torch.zeros_like(alpha)
     batch = torch.arange(len(end_u), device=px.device)
     node[end_d, batch, end_u] = (alpha[end_d, batch, end_u] > NEG_INF).to(alpha.dtype)
@@ -111,4 +109,3 @@ def _backward(
     x_share[:-1, :, :-1] *= node[1:, :, 1:]
     y_share[:-1] *= node[1:]
     return x_share, y_share
-

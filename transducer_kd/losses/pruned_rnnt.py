@@ -1,15 +1,15 @@
-"""Pruned transducer loss (Kuang et al. 2022, arXiv:2206.13236): a cheap loss over all nodes of the lattice, pruning
-bounds from it, and the real joiner's loss over the nodes that are left.
+"""Pruned transducer loss (Kuang et al. 2022, arXiv:2206.13236): a cheap loss over all nodes of the lattice,
+pruning bounds from it, and the real joiner's loss over the nodes that are left.
 
 N batch, T' encoder frames, U tokens, V vocabulary, D channels; k2's S is our U. Blank is class 0.
 `boundary` (N,4) int64 is k2's [begin_symbol, begin_frame, end_symbol, end_frame] = [0, 0, U_n, T'_n].
 
-Everything runs in float32 (float64 stays float64), whatever autocast says. Losses are per utterance, in nats, so
-that the caller decides how to normalise. Padded frames and tokens never change a loss or a gradient.
+Everything runs in float32 (float64 stays float64), whatever autocast says. Losses are per utterance, in nats,
+so that the caller decides how to normalise. Padded frames and tokens never change a loss or a gradient.
 
-A backend ("k2", "fast_rnnt", "torch") is the kernel that sums over the paths of a lattice; the log-probabilities of
-its arcs and the pruning bounds are computed here once for all of them. This is the one module of the losses that
-imports k2 or fast_rnnt, and only when they are asked for.
+A backend ("k2", "fast_rnnt", "torch") is the kernel that sums over the paths of a lattice; the
+log-probabilities of its arcs and the pruning bounds are computed here once for all of them. This is the one
+module of the losses that imports k2 or fast_rnnt, and only when they are asked for.
 """
 
 import importlib
@@ -29,7 +29,7 @@ MENDS = {
 
 
 def resolve_backend(name: str = "auto") -> str:
-    """The backend to use: `name` itself where it can be imported; "auto" takes k2, else fast_rnnt, else torch.
+    """`name` itself where it can be imported; "auto" takes k2, else fast_rnnt, else torch.
 
     On a machine with CUDA, "auto" passes over a kernel that was built for the CPU alone.
     Raises UserError for an unknown name and for one that cannot be imported; it says what mends it.
@@ -72,9 +72,9 @@ def simple_loss(
     """Smoothed loss of the trivial joiner `am + lm` over the full lattice.
 
     lm (N,U+1,V), am (N,T',V) unnormalised; symbols (N,U) int64, padded with anything below V.
-    The arcs' log-probabilities are (1 - lm_scale - am_scale) joint + lm_scale lm-only + am_scale am-only, where the
-    am-only part uses the batch's mean lm distribution (over valid tokens). With am_scale = 0 an utterance's loss
-    does not depend on what else is in the batch.
+    The arcs' log-probabilities are (1 - lm_scale - am_scale) joint + lm_scale lm-only + am_scale am-only,
+    where the am-only part uses the batch's mean lm distribution (over valid tokens). With am_scale = 0 an
+    utterance's loss does not depend on what else is in the batch.
     Returns loss (N,) and (px_grad (N,U,T'), py_grad (N,U+1,T')), the arcs' occupancies, for `prune_ranges`.
     Raises UserError for utterances of fewer encoder frames than tokens.
     """
@@ -91,9 +91,10 @@ def prune_ranges(
 ) -> torch.Tensor:
     """Which `s_range` consecutive token positions each frame keeps: (N, T', s_range) int64.
 
-    Each frame first takes the window that holds most of its blanks' occupancy, less what enters the window's first
-    node from outside by a token (section 3.2 of the paper). Then the windows are moved so that paths survive: they
-    start at 0, end at U_n, never go back and never jump over a token. `s_range` is lowered to U + 1 where U is small.
+    Each frame first takes the window that holds most of its blanks' occupancy, less what enters the window's
+    first node from outside by a token (section 3.2 of the paper). Then the windows are moved so that paths
+    survive: they start at 0, end at U_n, never go back and never jump over a token. `s_range` is lowered to
+    U + 1 where U is small.
     The bounds are the same for every backend. Raises UserError for s_range < 2.
     """
     if s_range < 2:
@@ -109,8 +110,8 @@ def prune_ranges(
     last_first = (boundary[:, 2:3] - s_range + 1).clamp(min=0)
     first = torch.where(t < boundary[:, 3:4] - 1, first, last_first)
     first = _backward_min(first)
-    # first[t+1] - first[t] < s_range says that (s_range - 1) t - first[t] never falls. A window that would have to
-    # start below 0 to obey starts at 0 instead: clamping before undoing the change keeps the steps legal.
+    # first[t+1] - first[t] < s_range says that (s_range - 1) t - first[t] never falls. A window that would
+    # have to start below 0 to obey starts at 0: clamping before undoing the change keeps the steps legal.
     ramp = (s_range - 1) * t
     first = ramp - _backward_min(ramp - first).clamp(min=0)
     return first[:, :, None] + torch.arange(s_range, device=first.device)
@@ -147,7 +148,7 @@ def pruned_loss(
 
 
 def _next_token(symbols: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:
-    """(N,T',s_range) id of the token that follows each kept node. At u = U there is none: blank stands in, unused."""
+    """(N,T',s_range) id of the token after each kept node. At u = U there is none: blank stands in, unused."""
     padded = F.pad(symbols, (0, 1), value=BLANK_ID)
     return padded[:, None, :].expand(-1, ranges.shape[1], -1).gather(2, ranges)
 
@@ -170,8 +171,8 @@ def _simple_arcs(
 ) -> Grads:
     """Log-probabilities px (N,U,T'), py (N,U+1,T') of the smoothed `am + lm` joiner.
 
-    The joint normaliser log sum_v exp(lm_v + am_v) is one matrix product of exponentials, each shifted by its own
-    maximum so that none overflows; `tiny` keeps the logarithm finite where all products underflow.
+    The joint normaliser log sum_v exp(lm_v + am_v) is one matrix product of exponentials, each shifted by its
+    own maximum so that none overflows; `tiny` keeps the logarithm finite where all products underflow.
     """
     tiny = torch.finfo(am.dtype).tiny
     am_max, lm_max = am.detach().amax(2, keepdim=True), lm.detach().amax(2, keepdim=True)
@@ -204,10 +205,10 @@ def _simple_arcs(
 
 
 class _LatticeScore(torch.autograd.Function):
-    """Lattice score (N,) with the backend's kernel; also returns the arcs' occupancies, which are its gradient.
+    """Lattice score (N,) by the backend's kernel, and the arcs' occupancies, which are its gradient.
 
-    The occupancies are computed in the forward pass and kept, so that the backward pass is two products and never
-    touches what the caller was given (fast_rnnt's own backward overwrites it).
+    The occupancies are computed in the forward pass and kept, so that the backward pass is two products and
+    never touches what the caller was given (fast_rnnt's own backward overwrites it).
     """
 
     @staticmethod
@@ -243,8 +244,8 @@ def _kernel_scores(
         raise UserError(
             f"this {backend} was built without CUDA; install one with it, or set loss.backend to torch"
         )
-    # The kernels want a frame T' without tokens after the last one, and at least one token: an empty batch gets a
-    # row that no path enters.
+    # The kernels want a frame T' without tokens after the last one, and at least one token: an empty batch
+    # gets a row that no path enters.
     t = torch.arange(px.shape[2] + 1, device=px.device)
     px = F.pad(px, (0, 1), value=NEG_INF).masked_fill(t >= boundary[:, 3, None, None], NEG_INF)
     rows = px.shape[1]
@@ -264,7 +265,8 @@ def _kernel(backend: str) -> Any:
         return importlib.import_module(backend)
     except (ImportError, OSError) as e:
         raise UserError(
-            f"loss.backend is {backend}, which cannot be imported ({e}): {MENDS[backend]}, or use --set loss.backend=auto"
+            f"loss.backend is {backend}, which cannot be imported ({e}): {MENDS[backend]}, "
+            "or use --set loss.backend=auto"
         ) from e
 
 
@@ -288,7 +290,8 @@ def _check_shapes(
     n, tokens = symbols.shape
     if not fits or boundary.shape != (n, 4):
         raise ValueError(
-            f"{name} does not fit symbols {tuple(symbols.shape)}, T'={num_frames}, boundary {tuple(boundary.shape)}"
+            f"{name} does not fit symbols {tuple(symbols.shape)}, T'={num_frames}, "
+            f"boundary {tuple(boundary.shape)}"
         )
     if (
         num_frames >= tokens
@@ -298,6 +301,6 @@ def _check_shapes(
     if short:
         i, t, u = short[0]
         raise UserError(
-            f"{len(short)} of {n} utterances have fewer encoder frames than tokens, such as number {i} in the batch "
-            f"(T'={t}, U={u}; symbols {tuple(symbols.shape)}): drop them before the batch is made"
+            f"{len(short)} of {n} utterances have fewer encoder frames than tokens, such as number {i} in "
+            f"the batch (T'={t}, U={u}; symbols {tuple(symbols.shape)}): drop them before the batch is made"
         )
