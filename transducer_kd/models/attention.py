@@ -45,9 +45,7 @@ class RotaryTable(nn.Module):
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate the channel pairs (e, e + E/2) of x (N, T, ..., H, E) by the angles in `table` (2, T, 1, 1,
-    E/2).
-    """
+    """Rotate the channel pairs (e, e + E/2) of x (N, T, any, H, E) by RotaryTable's (2, T, 1, 1, E/2)."""
     cos, sin = table[0], table[1]
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

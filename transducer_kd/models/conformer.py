@@ -262,6 +262,6 @@ def _check_lens(x: Tensor, x_lens: Tensor) -> None:
     # One comparison, because reading a tensor's value makes a GPU wait.
     if bool(((x_lens < MIN_FEATURE_FRAMES) | (x_lens > x.size(1))).any()):
         raise ValueError(
-            f"the encoder needs at least {MIN_FEATURE_FRAMES} feature frames of an utterance (one encoder frame) "
-            f"and at most the {x.size(1)} of the padded batch; this batch has x_lens={x_lens.tolist()}"
+            f"an utterance needs at least {MIN_FEATURE_FRAMES} feature frames, which give one encoder frame, "
+            f"and has at most the {x.size(1)} of the padded batch; this batch has x_lens={x_lens.tolist()}"
         )
