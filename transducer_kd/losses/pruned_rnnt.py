@@ -148,7 +148,7 @@ def pruned_loss(
 
 
 def _next_token(symbols: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:
-    """(N,T',s_range) id of the token after each kept node. At u = U there is none: blank stands in, unused."""
+    """(N,T',s_range) id of the token after each kept node; at u = U, where none is, an unused blank."""
     padded = F.pad(symbols, (0, 1), value=BLANK_ID)
     return padded[:, None, :].expand(-1, ranges.shape[1], -1).gather(2, ranges)
 
