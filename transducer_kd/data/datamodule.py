@@ -1,0 +1,278 @@
+"""Training, validation and test batches of one phase, from the CutSets in `fbank_dir`.
+
+Training batches are a function of (data.seed, epoch) alone: the number of workers changes nothing, and a run that
+resumes in the middle of an epoch asks for `start_batch` and gets exactly what it would have got. Skipping draws cuts
+without reading audio or features.
+
+T feature frames, T' encoder frames, U tokens.
+"""
+
+import itertools
+import logging
+import random
+import warnings
+from pathlib import Path
+from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+from lhotse import CutSet
+from lhotse.cut import Cut
+from lhotse.dataset import DynamicBucketingSampler
+
+from transducer_kd.config import DataConfig
+from transducer_kd.data.batch import Batch
+from transducer_kd.data.dataset import CutDataset, NoiseMixer, batches_by_duration, cut_frames, cut_text
+from transducer_kd.data.features import FeatureExtractor
+from transducer_kd.data.tokenizer import UNK_ID, Tokenizer
+from transducer_kd.log import UserError
+
+SPEED_FACTORS = (0.9, 1.1)
+_BUFFER_CUTS = 20000  # cuts among which the sampler chooses; the whole of most corpora
+_UNK_WARNING_SHARE = 0.01
+
+
+class DataModule:
+    """Batches for one rank.
+
+    encoder_lens: T -> T', the encoder's exact length formula. Training and validation cuts with T' < U have no
+    transducer loss and are dropped; so are cuts outside [min_cut_s, max_cut_s] (training only) and those without
+    text. `dropped` maps part -> reason -> cut ids; the log has the counts and the first ids.
+    """
+
+    def __init__(
+        self,
+        cfg: DataConfig,
+        tokenizer: Tokenizer,
+        encoder_lens: Callable[[int], int],
+        world_size: int = 1,
+        rank: int = 0,
+    ):
+        self.cfg, self.tokenizer, self.encoder_lens = cfg, tokenizer, encoder_lens
+        self.world_size, self.rank = world_size, rank
+        self.dropped: Dict[str, Dict[str, List[str]]] = {}
+        self._train_cuts: Optional[List[Cut]] = None
+        self._valid_cuts: Optional[List[Cut]] = None
+        self._bins: List[float] = []
+        if cfg.musan_cuts and not cfg.on_the_fly_feats:
+            raise UserError("data.musan_cuts mixes noise into audio: it needs data.on_the_fly_feats=true")
+        self._extractor = FeatureExtractor() if cfg.on_the_fly_feats else None
+        self._mixer = self._build_mixer()
+
+    # ---------------------------------------------------------------- batches
+
+    def train_batches(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """This rank's batches of `epoch` from number `start_batch` on; every rank gets equally many.
+
+        An epoch holds every usable cut; with several ranks a few of its last ones may come twice, so that no rank
+        runs dry. Raises UserError when a cut cannot be read.
+        """
+        drawn = enumerate(self._draw(epoch))
+        rank_text = f"/{self.rank}" if self.world_size > 1 else ""
+        dataset = CutDataset(
+            self.tokenizer, self._extractor, self._mixer, f"{self.cfg.seed}/{epoch}{rank_text}"
+        )
+        yield from _load(dataset, itertools.islice(drawn, start_batch, None), self.cfg.num_workers)
+
+    def valid_batches(self) -> Iterator[Batch]:
+        """The whole validation part, on whichever rank asks, each usable cut once, in an order that never changes."""
+        if self._valid_cuts is None:
+            part = self.cfg.valid_part
+            self._valid_cuts = self._usable(part, self._load_part(part), 0.0, float("inf"))
+        batches = batches_by_duration(self._valid_cuts, self.cfg.max_duration_s, self.cfg.valid_part)
+        yield from _load(self._plain_dataset(), enumerate(batches), self.cfg.num_workers)
+
+    def test_batches(self, part: str, max_duration_s: float) -> Iterator[Batch]:
+        """Every cut of `part` exactly once, nothing dropped, in an order that never changes.
+
+        Raises UserError naming a cut that is too short for the encoder to give one frame.
+        """
+        cuts = self._load_part(part)
+        for cut in cuts:
+            if self.encoder_lens(cut_frames(cut)) < 1:
+                raise UserError(
+                    f"part {part}: cut {cut.id} has {cut.duration:.3f} s, too little for one encoder frame; leave it "
+                    "out of the manifest"
+                )
+        batches = batches_by_duration(cuts, max_duration_s, part)
+        yield from _load(self._plain_dataset(), enumerate(batches), self.cfg.num_workers)
+
+    # ---------------------------------------------------------------- sampling
+
+    def _draw(self, epoch: int) -> Iterator[List[Cut]]:
+        """The cuts of this rank's batches, in order."""
+        if self._train_cuts is None:
+            self._train_cuts = self._load_train()
+            # A bucket should hold a few batches; else most of them are left half full at the end of an epoch.
+            fitting = sum(c.duration for c in self._train_cuts) / (
+                4 * self.cfg.max_duration_s * self.world_size
+            )
+            self._bins = duration_bins(self._train_cuts, min(self.cfg.num_buckets, int(fitting)))
+        if not self._train_cuts:
+            return
+        cuts = list(self._train_cuts)
+        # The sampler only shuffles what fits into its buffer; this makes epochs of large corpora differ as well.
+        random.Random(f"{self.cfg.seed}/{epoch}").shuffle(cuts)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*buffer_size.*")
+            sampler = DynamicBucketingSampler(
+                cuts,
+                max_duration=self.cfg.max_duration_s,
+                duration_bins=self._bins,
+                buffer_size=_BUFFER_CUTS,
+                shuffle=True,
+                drop_last=False,
+                seed=self.cfg.seed,
+                world_size=self.world_size,
+                rank=self.rank,
+                # Ranks then train on equal lengths at a time. Needed with one rank as well: without it lhotse
+                # (1.32 and 1.33) may pick an empty bucket near an epoch's end and stop, leaving cuts out.
+                sync_buckets=True,
+            )
+            sampler.set_epoch(epoch)
+            iterator = iter(sampler)
+        for cuts_of_batch in iterator:
+            yield list(cuts_of_batch)
+
+    # ---------------------------------------------------------------- cuts
+
+    def _load_train(self) -> List[Cut]:
+        kept: List[Cut] = []
+        for part in self.cfg.train_parts:
+            cuts = self._load_part(part)
+            if self.cfg.speed_perturb:
+                cuts = cuts + self._speed_copies(part, cuts)
+            kept += self._usable(part, cuts, self.cfg.min_cut_s, self.cfg.max_cut_s)
+        return kept
+
+    def _speed_copies(self, part: str, cuts: Sequence[Cut]) -> List[Cut]:
+        if self.cfg.on_the_fly_feats:
+            return [cut.drop_features().perturb_speed(factor) for factor in SPEED_FACTORS for cut in cuts]
+        return [cut for factor in SPEED_FACTORS for cut in self._load_part(f"{part}_sp{factor}")]
+
+    def _load_part(self, part: str) -> List[Cut]:
+        cuts = load_cuts(Path(self.cfg.fbank_dir), part)
+        for cut in cuts:
+            if len(cut.supervisions) != 1:
+                raise UserError(
+                    f"part {part}: cut {cut.id} has {len(cut.supervisions)} supervisions, 1 is needed; "
+                    "local/compute_fbank.py cuts recordings into utterances"
+                )
+            if not cut.has_features and not self.cfg.on_the_fly_feats:
+                raise UserError(
+                    f"part {part}: cut {cut.id} has no features; run local/compute_fbank.py without "
+                    "--on-the-fly-feats, or set data.on_the_fly_feats=true"
+                )
+        return cuts
+
+    def _usable(self, part: str, cuts: Sequence[Cut], min_s: float, max_s: float) -> List[Cut]:
+        """Cuts that can be trained on; the others are counted, named in the log and kept in `dropped`."""
+        tokens = self.tokenizer.encode([cut_text(cut) for cut in cuts])
+        kept, dropped = [], {}
+        for cut, ids in zip(cuts, tokens):
+            encoder_frames = self.encoder_lens(cut_frames(cut))
+            if not ids:
+                reason = "no text"
+            elif cut.duration < min_s:
+                reason = f"shorter than min_cut_s={min_s:g}"
+            elif cut.duration > max_s:
+                reason = f"longer than max_cut_s={max_s:g}"
+            elif encoder_frames < max(1, len(ids)):
+                reason = "fewer encoder frames than tokens (T' < U)"
+            else:
+                kept.append(cut)
+                continue
+            dropped.setdefault(reason, []).append(cut.id)
+        self.dropped[part] = dropped
+        hours = sum(c.duration for c in kept) / 3600
+        logging.info("%s: %d of %d cuts, %.2f h", part, len(kept), len(cuts), hours)
+        for reason, ids in dropped.items():
+            more = f" and {len(ids) - 10} more" if len(ids) > 10 else ""
+            logging.warning(
+                "%s: dropped %d cuts, %s: %s%s", part, len(ids), reason, ", ".join(ids[:10]), more
+            )
+        self._warn_of_unknown(part, cuts, tokens)
+        return kept
+
+    def _warn_of_unknown(self, part: str, cuts: Sequence[Cut], tokens: Sequence[Sequence[int]]) -> None:
+        total = sum(len(ids) for ids in tokens)
+        unknown = sum(ids.count(UNK_ID) for ids in tokens)
+        if total and unknown / total > _UNK_WARNING_SHARE:
+            example = next(cut for cut, ids in zip(cuts, tokens) if UNK_ID in ids)
+            logging.warning(
+                "%s: %.1f%% of the tokens are <unk>, e.g. in %s: %r; is %s made from such text?",
+                part, 100 * unknown / total, example.id, cut_text(example), self.tokenizer.path,
+            )  # fmt: skip
+
+    def _plain_dataset(self) -> CutDataset:
+        return CutDataset(self.tokenizer, self._extractor)
+
+    def _build_mixer(self) -> Optional[NoiseMixer]:
+        if not self.cfg.musan_cuts:
+            return None
+        noises = read_cuts(Path(self.cfg.musan_cuts))
+        if not noises:
+            raise UserError(f"data.musan_cuts={self.cfg.musan_cuts} holds no cut")
+        if len(self.cfg.musan_snr_db) != 2:
+            raise UserError(
+                f"data.musan_snr_db={self.cfg.musan_snr_db} must be two numbers: lowest and highest"
+            )
+        return NoiseMixer(noises, self.cfg.musan_prob, self.cfg.musan_snr_db)
+
+
+def load_cuts(fbank_dir: Path, part: str) -> List[Cut]:
+    """The cuts of `<fbank_dir>/cuts_<part>.jsonl.gz`; feature paths in it are relative to fbank_dir."""
+    path = fbank_dir / f"cuts_{part}.jsonl.gz"
+    if not path.is_file():
+        there = sorted(p.name[len("cuts_") : -len(".jsonl.gz")] for p in fbank_dir.glob("cuts_*.jsonl.gz"))
+        raise UserError(
+            f"{path} does not exist; make it with local/compute_fbank.py --parts {part} "
+            f"(parts there: {', '.join(there) or 'none'})"
+        )
+    cuts = read_cuts(path)
+    for cut in cuts:
+        if cut.has_features and not Path(cut.features.storage_path).is_absolute():
+            cut.features.storage_path = str(fbank_dir / cut.features.storage_path)
+    return cuts
+
+
+def read_cuts(path: Path) -> List[Cut]:
+    """All cuts of a lhotse CutSet file. UserError when it is missing or damaged, or names a cut twice."""
+    try:
+        cuts = list(CutSet.from_file(path))
+    except Exception as e:  # gzip, JSON and lhotse each have their own
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise UserError(f"{path} is not a readable CutSet ({reason}); delete it and make it again") from None
+    seen = set()
+    for cut in cuts:
+        if cut.id in seen:
+            raise UserError(f"{path}: cut id {cut.id} appears twice; every utterance needs its own id")
+        seen.add(cut.id)
+    return cuts
+
+
+def duration_bins(cuts: Sequence[Cut], num_buckets: int) -> List[float]:
+    """Upper limits in seconds, increasing, of all buckets but the last; each bucket has about the same total duration."""
+    durations = sorted(cut.duration for cut in cuts)
+    if not durations:
+        return []
+    limits: List[float] = []
+    target = sum(durations) / max(2, num_buckets)  # the sampler wants one limit at least
+    filled = 0.0
+    for duration in durations:
+        filled += duration
+        if filled > target * (len(limits) + 1) and (not limits or duration > limits[-1]):
+            limits.append(duration)
+    return limits[: max(1, num_buckets - 1)]
+
+
+def _load(dataset: CutDataset, items: Iterable[Tuple[int, List[Cut]]], num_workers: int) -> Iterator[Batch]:
+    """Batches of `items` in order; a UserError met on the way is raised here."""
+    if num_workers > 0:
+        loader = torch.utils.data.DataLoader(dataset, sampler=items, batch_size=None, num_workers=num_workers)
+        results = iter(loader)
+    else:
+        results = (dataset[item] for item in items)
+    for result in results:
+        if isinstance(result, UserError):
+            raise result
+        yield result

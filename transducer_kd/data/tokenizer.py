@@ -1,0 +1,126 @@
+"""BPE tokens by sentencepiece, with icefall's special symbols: <blk> 0, <sos/eos> 1, <unk> 2.
+
+A lang folder holds bpe.model (sentencepiece), bpe.vocab (pieces and scores) and tokens.txt (`symbol id` lines, what
+sherpa-onnx reads). The sha256 of bpe.model names a vocabulary: a teacher and its student must share it.
+"""
+
+import hashlib
+import io
+import re
+from pathlib import Path
+from typing import Iterable, List
+
+import sentencepiece as spm
+
+from transducer_kd.log import UserError, atomic_write
+
+BLANK_ID, SOS_EOS_ID, UNK_ID = 0, 1, 2
+
+
+class Tokenizer:
+    """Text <-> token ids of one lang folder.
+
+    Raises UserError when bpe.model is missing, unreadable, or has other special symbols than ours.
+    """
+
+    def __init__(self, lang_dir: Path):
+        self.path = Path(lang_dir) / "bpe.model"
+        try:
+            content = self.path.read_bytes()
+        except OSError:
+            raise UserError(f"{self.path} cannot be read; make it with local/prepare_lang.py") from None
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.processor = spm.SentencePieceProcessor()
+        try:
+            self.processor.LoadFromSerializedProto(content)
+        except RuntimeError:
+            raise UserError(
+                f"{self.path} is not a sentencepiece model; make it again with local/prepare_lang.py"
+            ) from None
+        self.vocab_size: int = self.processor.get_piece_size()
+        for symbol, expected in (("<blk>", BLANK_ID), ("<sos/eos>", SOS_EOS_ID), ("<unk>", UNK_ID)):
+            found = self.processor.piece_to_id(symbol)
+            if found != expected or self.processor.id_to_piece(expected) != symbol:
+                raise UserError(
+                    f"{self.path}: {symbol} has id {found}, not {expected}; use local/prepare_lang.py's model"
+                )
+
+    def encode(self, texts: List[str]) -> List[List[int]]:
+        """Token ids of each text; characters that the model has never seen become <unk>."""
+        return self.processor.encode(list(texts), out_type=int)
+
+    def decode(self, ids: List[int]) -> str:
+        """Text of one token sequence; blank and <sos/eos> print nothing."""
+        return self.processor.decode([int(i) for i in ids if i not in (BLANK_ID, SOS_EOS_ID)])
+
+
+def train_bpe(texts: Iterable[str], lang_dir: Path, vocab_size: int) -> Tokenizer:
+    """Learn `vocab_size` BPE pieces (special symbols included) from normalised `texts` and write the lang folder.
+
+    The same texts give the same file, byte for byte. Raises UserError when there is no text, or when the texts
+    cannot give that many or that few pieces (the message says what is possible).
+    """
+    lines = [text for text in texts if text.strip()]
+    if not lines:
+        raise UserError(f"no text to train {lang_dir}/bpe.model from: every transcript is empty")
+    model = _train(lines, vocab_size, hard_limit=True)
+    lang_dir = Path(lang_dir)
+    processor = spm.SentencePieceProcessor(model_proto=model)
+    pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+    with atomic_write(lang_dir / "tokens.txt") as f:
+        f.writelines(f"{piece} {i}\n" for i, piece in enumerate(pieces))
+    with atomic_write(lang_dir / "bpe.vocab") as f:
+        f.writelines(f"{piece}\t{processor.get_score(i):g}\n" for i, piece in enumerate(pieces))
+    with atomic_write(lang_dir / "bpe.model", "wb") as f:  # last: its presence says the folder is complete
+        f.write(model)
+    return Tokenizer(lang_dir)
+
+
+def check_same_tokenizer(expected_sha256: str, lang_dir: Path) -> None:
+    """Raise UserError unless `lang_dir`'s BPE model is the one with hash `expected_sha256`."""
+    found = Tokenizer(lang_dir).sha256
+    if found != expected_sha256:
+        raise UserError(
+            f"{Path(lang_dir) / 'bpe.model'} has sha256 {found[:12]}, but sha256 {expected_sha256[:12]} is expected: the "
+            "token ids mean different things. Use the lang folder that the model was trained with"
+        )
+
+
+def _train(lines: List[str], vocab_size: int, hard_limit: bool) -> bytes:
+    model = io.BytesIO()
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            character_coverage=1.0,
+            user_defined_symbols=["<blk>", "<sos/eos>"],
+            unk_id=UNK_ID,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            max_sentence_length=1 << 20,  # bytes; longer lines would be left out silently
+            hard_vocab_limit=hard_limit,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as e:
+        smallest = 3 + len(set("".join(lines).replace(" ", "")) | {"\u2581"})
+        if vocab_size < smallest:
+            raise UserError(
+                f"a BPE vocabulary of {vocab_size} is too small: the text has {smallest - 3} characters, so "
+                f"at least {smallest} pieces are needed"
+            ) from None
+        limit = re.search(r"<= (\d+)", str(e))
+        largest = int(limit.group(1)) if limit else _largest_vocabulary(lines, vocab_size)
+        raise UserError(
+            f"{len(lines)} lines of text are too few for a BPE vocabulary of {vocab_size}; at most {largest} pieces "
+            f"are possible (--vocab-size {largest}), or give more text"
+        ) from None
+    return model.getvalue()
+
+
+def _largest_vocabulary(lines: List[str], vocab_size: int) -> int:
+    model = _train(lines, vocab_size, hard_limit=False)
+    return spm.SentencePieceProcessor(model_proto=model).get_piece_size()
