@@ -1,0 +1,91 @@
+"""One of the processes of test_ddp.py: a few updates of a tiny transducer on this rank's share of each batch.
+
+Run with torchrun's environment variables and a folder; writes gradients-<rank>.pt there.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from transducer_kd.config import SpecAugmentConfig, load_config
+from transducer_kd.data.batch import Batch
+from transducer_kd.models.spec_augment import SpecAugment
+from transducer_kd.models.transducer import Transducer
+from transducer_kd.objectives.transducer import TransducerObjective
+from transducer_kd.train import ddp
+from transducer_kd.train.trainer import Trainer, Validation
+
+VOCAB = 9
+# Feature frames of the utterances of each batch; two batches make an update. Ranks share them out unevenly.
+UTTERANCES = [(71, 40, 55, 90), (39, 62), (48, 48, 80), (95, 33, 60), (66, 51), (58, 44, 45)]
+POISONED = 3  # number of the batch whose last utterance is not a number: its update must be dropped by all
+SETTINGS = (
+    "model.encoder.num_layers=1 model.encoder.encoder_dim=8 model.encoder.num_heads=2 "
+    "model.encoder.feedforward_dim=12 model.encoder.cnn_module_kernel=3 model.encoder.dropout=0 "
+    "model.encoder.subsampling_channels=2 model.decoder.decoder_dim=6 model.joiner_dim=7 loss.backend=torch "
+    "loss.ctc_weight=0.5 train.accumulate=2 train.max_steps=2 train.valid_every=100 optim.clip_norm=1e9"
+).split()
+
+
+def make_batch(number, first, last):
+    """Utterances first..last-1 of a batch, padded to the longest of them."""
+    lens = UTTERANCES[number][first:last]
+    features, labels = torch.zeros(len(lens), max(lens), 80), torch.zeros(len(lens), 5, dtype=torch.int64)
+    y_lens = [t // 20 for t in lens]
+    for i, t in enumerate(lens):
+        generator = torch.Generator().manual_seed(100 * number + first + i)
+        features[i, :t] = torch.randn(t, 80, generator=generator)
+        labels[i, : y_lens[i]] = torch.randint(3, VOCAB, (y_lens[i],), generator=generator)
+    if number == POISONED and last == len(UTTERANCES[number]):
+        features[-1, 0] = float("nan")
+    names = [f"cut-{number}-{first + i}" for i in range(len(lens))]
+    return Batch(features, torch.tensor(lens), labels[:, : max(y_lens)], torch.tensor(y_lens), names, names)
+
+
+def my_batches(epoch, start_batch):
+    """All utterances when alone; of two ranks the first takes one utterance, the second the rest."""
+    for number in range(start_batch, len(UTTERANCES)):
+        size = len(UTTERANCES[number])
+        if ddp.world_size() == 1:
+            yield make_batch(number, 0, size)
+        else:
+            yield make_batch(number, 0, 1) if ddp.rank() == 0 else make_batch(number, 1, size)
+
+
+class RecordingTrainer(Trainer):
+    """Keeps the gradient of every update."""
+
+    def _apply_gradients(self, num_frames):
+        norm = super()._apply_gradients(num_frames)
+        named = {n: p.grad.clone() for n, p in self.objective.model.named_parameters()}
+        self.gradients = [*getattr(self, "gradients", []), named]
+        return norm
+
+
+def train(exp_dir):
+    """Run the updates; returns what was recorded."""
+    config = load_config(None, SETTINGS)
+    torch.manual_seed(ddp.rank())  # different weights, which rank 0's must replace
+    model = Transducer(config.model, VOCAB, with_ctc=True)
+    objective = TransducerObjective(model, config.loss, SpecAugment(SpecAugmentConfig(enabled=False)))
+    trainer = RecordingTrainer(
+        objective, config, exp_dir, torch.device("cpu"), my_batches, lambda o, step: Validation({"loss": 1.0})
+    )
+    trainer.run()
+    return {
+        "gradients": trainer.gradients,
+        "nonfinite": trainer.progress.nonfinite,
+        "audio_s": trainer.progress.audio_s,
+        "sums": ddp.all_reduce_sum([1.0 + ddp.rank(), 10.0]),
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    processes = ddp.setup("cpu")
+    folder = Path(sys.argv[1])
+    result = train(folder / "exp")
+    ddp.barrier()
+    ddp.cleanup()
+    torch.save(result, folder / f"gradients-{processes.rank}.pt")
