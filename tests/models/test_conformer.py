@@ -149,6 +149,7 @@ def test_full_context_sees_everything():
     assert (gradient[0].abs().sum(1) != 0).sum() == 63
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @torch.no_grad()
 def test_traced_streaming_core_equals_the_module():
     encoder = make_encoder()

@@ -24,7 +24,7 @@ class RotaryTable(nn.Module):
     processes of a DDP run could not keep it in step.
     """
 
-    def __init__(self, head_dim: int, max_len: int = 1024, base: float = 10000.0) -> None:
+    def __init__(self, head_dim: int, max_len: int = 3000, base: float = 10000.0) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.base = base
@@ -55,7 +55,7 @@ def attend_matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """softmax(q k' / sqrt(E) + bias) v with q (N, H, Tq, E), k and v (N, H, Tk, E), bias broadcast to (N, H,
     Tq, Tk).
     """
-    scores = torch.matmul(q * (1.0 / math.sqrt(q.size(-1))), k.transpose(-2, -1))
+    scores = torch.matmul(q * q.size(-1) ** -0.5, k.transpose(-2, -1))
     return torch.matmul((scores + bias).softmax(dim=-1).to(v.dtype), v)
 
 
@@ -88,9 +88,10 @@ class SelfAttention(nn.Module):
         rotary: RotaryTable's (2, M+T, 1, 1, E/2); bias: broadcast to (N, H, T, M+T). Returns (N, T, D).
         """
         if cache is None:
-            qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-            q, k = rotate(qkv[:, :, :2], rotary).unbind(2)
-            v = qkv[:, :, 2]
+            # Split, not sliced: the backward of slices fills and adds full-size tensors.
+            qk, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).split([2, 1], dim=2)
+            q, k = rotate(qk, rotary).unbind(2)
+            v = v.squeeze(2)
         else:
             q, k, v = self._project_with_cache(x, cache, rotary)
         # Under autocast the rotation has promoted q and k to float32.
