@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Make the synthetic corpus: device commands spoken by espeak-ng in noisy rooms, in LibriSpeech layout.
 
-Stage 0 with `--corpus synthetic`. The same scale and seed give the same audio whatever the number of jobs; running it
-again makes only the speakers that are missing.
+Stage 0 with `--corpus synthetic`. The same scale and seed give the same audio whatever the number of jobs;
+running it again makes only the speakers that are missing.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def get_args(argv=None) -> argparse.Namespace:
         "--scale",
         default="mini",
         choices=sorted(SCALES),
-        help="mini: about 3.5 hours, under a minute on two cores; smoke: seconds of speech, for tests (default: mini)",
+        help="mini: 3.4 hours of speech in under a minute on two cores; smoke: minutes, for tests (default: mini)",
     )
     parser.add_argument(
         "--seed", type=int, default=1, help="another seed speaks other sentences (default: 1)"

@@ -1,8 +1,9 @@
 """A room and a noise for the synthetic corpus: what lies between a dry voice and a microphone.
 
-Deliberately simple, because the corpus only has to be hard in the way real recordings are (reverberation smears,
-noise masks), not to sound like a particular place: sparse early reflections and an exponentially decaying diffuse tail
-(Polack's statistical model of a room), and Gaussian noise with a spectrum of 1/f^exponent.
+Deliberately simple, because the corpus only has to be hard in the way real recordings are (reverberation
+smears, noise masks), not to sound like a particular place: sparse early reflections and an exponentially
+decaying diffuse tail (Polack's statistical model of a room), and Gaussian noise with a spectrum of
+1/f^exponent.
 
 Shapes: S samples, K taps, both at `SAMPLE_RATE`.
 """
@@ -27,7 +28,7 @@ def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
 
 
 def room_response(rng: np.random.Generator, rt60_s: float) -> np.ndarray:
-    """Impulse response (K,) of a room whose sound decays by 60 dB in `rt60_s`; the direct sound is 1 at sample 0."""
+    """Impulse response (K,) of a room whose sound decays by 60 dB in `rt60_s`; the direct sound is 1 at 0."""
     num_taps = max(2, int(rt60_s * SAMPLE_RATE))
     seconds = np.arange(num_taps) / SAMPLE_RATE
     decay = 10.0 ** (-3.0 * seconds / rt60_s)
@@ -44,7 +45,7 @@ def room_response(rng: np.random.Generator, rt60_s: float) -> np.ndarray:
 
 
 def coloured_noise(rng: np.random.Generator, num_samples: int, exponent: float) -> np.ndarray:
-    """(S,) Gaussian noise of unit power whose power spectrum falls as 1/f^exponent (0 white, 1 pink, 2 brown)."""
+    """(S,) Gaussian noise of unit power, its spectrum falling as 1/f^exponent (0 white, 1 pink, 2 brown)."""
     length = fft.next_fast_len(max(num_samples, 2), real=True)
     spectrum = fft.rfft(rng.standard_normal(length))
     hertz = fft.rfftfreq(length, 1.0 / SAMPLE_RATE)
@@ -57,7 +58,7 @@ def coloured_noise(rng: np.random.Generator, num_samples: int, exponent: float) 
 def recorded(
     rng: np.random.Generator, dry: np.ndarray, response: np.ndarray, noise_exponent: float, snr_db: float
 ) -> np.ndarray:
-    """The dry voice (S,) as a microphone in a noisy room hears it: (S',) int16, some silence before and after it."""
+    """The dry voice (S,) as a microphone in a noisy room hears it: (S',) int16, silence around it."""
     before, after = (int(s * SAMPLE_RATE) for s in rng.uniform(*_SILENCE_S, size=2))
     wet = signal.fftconvolve(np.pad(dry, (before, after)), response)[: before + len(dry) + after]
     # The power of the voice is measured where it speaks, so that padding does not change the SNR.

@@ -1,11 +1,11 @@
 """Speaking text with espeak-ng through ctypes: the voice of the synthetic corpus.
 
-The library comes from the `espeakng-loader` package, which carries libespeak-ng and its data, so nothing has to be
-installed on the system. Two of its habits shape this module and its callers:
+The library comes from the `espeakng-loader` package, which carries libespeak-ng and its data, so nothing has
+to be installed on the system. Two of its habits shape this module and its callers:
 
-- its state is global and never reset: one process holds one synthesiser, and a text spoken twice in a process gives
-  different samples, while the same sequence of calls in a fresh process gives the same ones. Whoever wants
-  reproducible audio therefore speaks one fixed list of texts per process.
+- its state is global and never reset: one process holds one synthesiser, and a text spoken twice in a process
+  gives different samples, while the same sequence of calls in a fresh process gives the same ones. Whoever
+  wants reproducible audio therefore speaks one fixed list of texts per process.
 - an unknown variant (the part after `+` in `en-us+f3`) is silently replaced by the plain voice, so voices and
   variants are checked against the data folder first.
 
@@ -71,7 +71,7 @@ class Espeak:
     def speak(self, text: str, rate_wpm: int, pitch: int) -> np.ndarray:
         """Speak `text` at about `rate_wpm` words a minute (80-450) and `pitch` (0-99, 50 is the voice's own).
 
-        Returns (S,) int16 at SAMPLE_RATE, with the leading and trailing silence that espeak puts around a sentence.
+        Returns (S,) int16 at SAMPLE_RATE.
         """
         self._chunks = []
         self._lib.espeak_SetParameter(_PARAMETER_RATE, rate_wpm, 0)
