@@ -1,9 +1,9 @@
 """Processes of one training run, as torchrun starts them; everything is a no-op in a single process.
 
-Gradients: DistributedDataParallel averages them over ranks, while the trainer wants sum(loss) / sum(frames). So
-every rank backpropagates its own sum, and the averaged gradient is multiplied by world_size / (frames of all
-ranks): then a gradient is the same however a batch is spread over ranks. All ranks must see the same number of
-batches, because every update waits for all of them; the sampler of `data/` deals them out evenly.
+Gradients: DistributedDataParallel averages them over ranks, while the trainer wants sum(loss) / sum(frames).
+So every rank backpropagates its own sum, and the averaged gradient is multiplied by world_size / (frames of
+all ranks): then a gradient is the same however a batch is spread over ranks. All ranks must see the same
+number of batches, because every update waits for all of them; the sampler of `data/` deals them out evenly.
 """
 
 import contextlib
