@@ -38,15 +38,15 @@ def test_scores_and_occupancies_equal_the_reference(frames, tokens):
 
 
 def test_skew_puts_each_diagonal_in_a_row_and_back():
-    arcs = torch.arange(24.0).reshape(2, 3, 4)
-    skewed = _skew(arcs)
-    assert skewed.shape == (7, 2, 3)
-    for d in range(7):
+    nodes = torch.arange(24.0).reshape(2, 3, 4)
+    skewed = _skew(nodes)
+    assert skewed.shape == (6, 2, 3)
+    for d in range(6):
         for u in range(3):
             inside = 0 <= d - u < 4
-            expected = arcs[:, u, d - u] if inside else torch.full((2,), NEG_INF)
+            expected = nodes[:, u, d - u] if inside else torch.full((2,), NEG_INF)
             assert torch.equal(skewed[d, :, u], expected)
-    assert torch.equal(_unskew(skewed, 4), arcs)
+    assert torch.equal(_unskew(skewed), nodes)
 
 
 def test_long_lattice_keeps_its_flow():
