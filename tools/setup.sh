@@ -209,7 +209,7 @@ build_from_source() {
   facts=$("$python" -c "import platform, sys, torch
 print('py%d%d-torch%s-abi%d-%s-%s' % (*sys.version_info[:2], torch.__version__, torch._C._GLIBCXX_USE_CXX11_ABI,
                                       platform.system(), platform.machine()))") || return 1
-  cache=${XDG_CACHE_HOME:-$HOME/.cache}/transducer_kd/wheels/${build/==/-}-$facts-$(cat "$root"/tools/cmake/*/* | cksum | cut -d' ' -f1)
+  cache=${XDG_CACHE_HOME:-$HOME/.cache}/transducer_kd/wheels/${build/==/-}-$facts
   if ! compgen -G "$cache/*.whl" >/dev/null; then
     for tool in make "${CXX:-c++}"; do
       command -v "$tool" >/dev/null || { log "building $build needs $tool, which is not installed"; return 1; }
@@ -235,7 +235,11 @@ print('py%d%d-torch%s-abi%d-%s-%s' % (*sys.version_info[:2], torch.__version__, 
   logged "$python" -m pip install --disable-pip-version-check --no-input --no-index --no-deps --force-reinstall \
     "$cache"/*.whl || return 1
   rm -f "$venv/.installing"
-  "$python" -c "import torch, $name" >>"$setup_log" 2>&1 || { log "$name was built but does not import"; return 1; }
+  if ! logged "$python" -c "import torch, $name"; then
+    log "$name was built but does not import"
+    rm -rf "$cache"
+    return 1
+  fi
   log "$build is there ($((SECONDS - log_start)) s)"
 }
 
