@@ -13,7 +13,8 @@ from typing import List, Sequence
 import numpy as np
 import torch
 
-# log(1e-10): below the floor of any real frame (log of float32's epsilon, -15.9), and what sherpa-onnx pads with.
+# log(1e-10): below the floor of any real frame (log of float32's epsilon, -15.9), and what sherpa-onnx pads
+# with.
 PADDING_VALUE = math.log(1e-10)
 FRAME_SHIFT_S = 0.01
 

@@ -1,8 +1,8 @@
 """Training, validation and test batches of one phase, from the CutSets in `fbank_dir`.
 
-Training batches are a function of (data.seed, epoch) alone: the number of workers changes nothing, and a run that
-resumes in the middle of an epoch asks for `start_batch` and gets exactly what it would have got. Skipping draws cuts
-without reading audio or features.
+Training batches are a function of (data.seed, epoch) alone: the number of workers changes nothing, and a run
+that resumes in the middle of an epoch asks for `start_batch` and gets exactly what it would have got.
+Skipping draws cuts without reading audio or features.
 
 T feature frames, T' encoder frames, U tokens.
 """
@@ -34,9 +34,9 @@ _UNK_WARNING_SHARE = 0.01
 class DataModule:
     """Batches for one rank.
 
-    encoder_lens: T -> T', the encoder's exact length formula. Training and validation cuts with T' < U have no
-    transducer loss and are dropped; so are cuts outside [min_cut_s, max_cut_s] (training only) and those without
-    text. `dropped` maps part -> reason -> cut ids; the log has the counts and the first ids.
+    encoder_lens: T -> T', the encoder's exact length formula. Training and validation cuts with T' < U have
+    no transducer loss and are dropped; so are cuts outside [min_cut_s, max_cut_s] (training only) and those
+    without text. `dropped` maps part -> reason -> cut ids; the log has the counts and the first ids.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class DataModule:
     def train_batches(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """This rank's batches of `epoch` from number `start_batch` on; every rank gets equally many.
 
-        An epoch holds every usable cut; with several ranks a few of its last ones may come twice, so that no rank
-        runs dry. Raises UserError when a cut cannot be read.
+        An epoch holds every usable cut; with several ranks a few of its last ones may come twice, so that no
+        rank runs dry. Raises UserError when a cut cannot be read.
         """
         drawn = enumerate(self._draw(epoch))
         rank_text = f"/{self.rank}" if self.world_size > 1 else ""
@@ -74,7 +74,9 @@ class DataModule:
         yield from _load(dataset, itertools.islice(drawn, start_batch, None), self.cfg.num_workers)
 
     def valid_batches(self) -> Iterator[Batch]:
-        """The whole validation part, on whichever rank asks, each usable cut once, in an order that never changes."""
+        """The whole validation part, on whichever rank asks, each usable cut once, in an order that never
+        changes.
+        """
         if self._valid_cuts is None:
             part = self.cfg.valid_part
             self._valid_cuts = self._usable(part, self._load_part(part), 0.0, float("inf"))
@@ -90,7 +92,8 @@ class DataModule:
         for cut in cuts:
             if self.encoder_lens(cut_frames(cut)) < 1:
                 raise UserError(
-                    f"part {part}: cut {cut.id} has {cut.duration:.3f} s, too little for one encoder frame; leave it "
+                    f"part {part}: cut {cut.id} has {cut.duration:.3f} s, too little for one encoder frame; "
+                    f"leave it "
                     "out of the manifest"
                 )
         batches = batches_by_duration(cuts, max_duration_s, part)
@@ -110,7 +113,8 @@ class DataModule:
         if not self._train_cuts:
             return
         cuts = list(self._train_cuts)
-        # The sampler only shuffles what fits into its buffer; this makes epochs of large corpora differ as well.
+        # The sampler only shuffles what fits into its buffer; this makes epochs of large corpora differ as
+        # well.
         random.Random(f"{self.cfg.seed}/{epoch}").shuffle(cuts)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*buffer_size.*")
@@ -251,7 +255,9 @@ def read_cuts(path: Path) -> List[Cut]:
 
 
 def duration_bins(cuts: Sequence[Cut], num_buckets: int) -> List[float]:
-    """Upper limits in seconds, increasing, of all buckets but the last; each bucket has about the same total duration."""
+    """Upper limits in seconds, increasing, of all buckets but the last; each bucket has about the same total
+    duration.
+    """
     durations = sorted(cut.duration for cut in cuts)
     if not durations:
         return []

@@ -1,4 +1,5 @@
-"""From a list of cuts to a Batch: features read from disk or computed on the fly, noise mixed in, texts tokenised.
+"""From a list of cuts to a Batch: features read from disk or computed on the fly, noise mixed in, texts
+tokenised.
 
 T feature frames, C mel bins, S samples.
 """
@@ -28,7 +29,9 @@ def cut_text(cut: Cut) -> str:
 
 
 class NoiseMixer:
-    """Adds a piece of a random noise recording to a share of the utterances, at a random signal-to-noise ratio."""
+    """Adds a piece of a random noise recording to a share of the utterances, at a random signal-to-noise
+    ratio.
+    """
 
     def __init__(self, noises: Sequence[Cut], prob: float, snr_db: Sequence[float]):
         self.noises, self.prob, self.snr_db = noises, prob, snr_db
@@ -47,7 +50,9 @@ class NoiseMixer:
 
 
 def mix_at_snr(speech: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
-    """speech + gain * noise, both (S,), with the gain that makes their power ratio `snr_db`. Silence is left alone."""
+    """speech + gain * noise, both (S,), with the gain that makes their power ratio `snr_db`. Silence is left
+    alone.
+    """
     speech_power, noise_power = float(np.mean(speech**2)), float(np.mean(noise**2))
     if speech_power <= 0.0 or noise_power <= 0.0:
         return speech
@@ -62,17 +67,19 @@ def load_audio(cut: Cut) -> np.ndarray:
     except Exception as e:  # lhotse and libsndfile raise many kinds
         source = cut.recording.sources[0].source if cut.has_recording else "no recording"
         raise UserError(
-            f"cut {cut.id}: cannot read its audio {source} ({_one_line(e)}); mend the file, or leave it out with "
+            f"cut {cut.id}: cannot read its audio {source} ({_one_line(e)}); mend the file, or leave it out "
+            f"with "
             "local/prepare_manifests.py --bad-audio skip"
         ) from None
     return np.asarray(samples, dtype=np.float32).reshape(-1)
 
 
 class CutDataset(torch.utils.data.Dataset):
-    """Map-style: an item is (index of the batch, its cuts), the answer is a Batch, or the UserError that stopped it.
+    """Map-style: an item is (index of the batch, its cuts), the answer is a Batch, or the UserError that
+    stopped it.
 
-    The error travels as a value because DataLoader would wrap one raised in a worker into a page of traceback.
-    Noise depends on (seed_text, index) alone, so any number of workers gives the same batches.
+    The error travels as a value because DataLoader would wrap one raised in a worker into a page of
+    traceback. Noise depends on (seed_text, index) alone, so any number of workers gives the same batches.
     """
 
     def __init__(
@@ -111,7 +118,8 @@ def load_features(cut: Cut) -> np.ndarray:
         raise UserError(f"cut {cut.id}: {e}") from None
     except Exception as e:  # other storage types of ready-made manifests
         raise UserError(
-            f"cut {cut.id}: cannot read its features in {cut.features.storage_path} ({_one_line(e)}); compute them "
+            f"cut {cut.id}: cannot read its features in {cut.features.storage_path} ({_one_line(e)}); "
+            f"compute them "
             "again with local/compute_fbank.py"
         ) from None
 

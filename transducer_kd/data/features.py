@@ -1,14 +1,15 @@
 """80-bin log-mel features: how they are computed, and how they are kept on disk.
 
-S samples in [-1, 1] at 16 kHz, T = (S + 80) // 160 frames (25 ms window every 10 ms, centred: snip_edges=False).
+S samples in [-1, 1] at 16 kHz, T = (S + 80) // 160 frames (25 ms window every 10 ms, centred:
+snip_edges=False).
 
-The options are those of sherpa-onnx, which computes its own features on the device with kaldi-native-fbank: Povey
-window, pre-emphasis 0.97, 20 Hz to 7,600 Hz, no dither, log floored at float32's epsilon. kaldifeat, lhotse and
-kaldi-native-fbank agree on them within 1e-3 (tests/data/test_features.py).
+The options are those of sherpa-onnx, which computes its own features on the device with kaldi-native-fbank:
+Povey window, pre-emphasis 0.97, 20 Hz to 7,600 Hz, no dither, log floored at float32's epsilon. kaldifeat,
+lhotse and kaldi-native-fbank agree on them within 1e-3 (tests/data/test_features.py).
 
-On disk a feature file is the frames of many utterances one after the other in float16, read through a memory map:
-about 50,000 audio seconds a second, against 7,000 for lilcom, at an error of at most 0.004 (lilcom: 0.016) and
-16 kB for a second of audio (lilcom: 8).
+On disk a feature file is the frames of many utterances one after the other in float16, read through a memory
+map: about 50,000 audio seconds a second, against 7,000 for lilcom, at an error of at most 0.004 (lilcom:
+0.016) and 16 kB for a second of audio (lilcom: 8).
 """
 
 import os
@@ -42,29 +43,27 @@ def num_frames(num_samples: int) -> int:
 class FeatureExtractor:
     """backend kaldifeat or lhotse; auto takes kaldifeat where it imports. Both give the same within 1e-3."""
 
-    def __init__(self, backend: str = "auto", device: str = "cpu"):
+    def __init__(self, backend: str = "auto"):
         if backend not in BACKENDS:
             raise UserError(f"feature backend {backend!r} is not one of {', '.join(BACKENDS)}")
-        self.backend, self.device = backend, device
         kaldifeat = _import_kaldifeat() if backend != "lhotse" else None
         if kaldifeat is None and backend == "kaldifeat":
             raise UserError(
-                "kaldifeat is not installed here; use --feature-backend lhotse, or build it with tools/setup.sh"
+                "kaldifeat is not installed here; use --feature-backend lhotse, or build it with "
+                "tools/setup.sh"
             )
         self.backend = "kaldifeat" if kaldifeat is not None else "lhotse"
-        self._compute = (
-            _kaldifeat_fbank(kaldifeat, device) if kaldifeat is not None else _lhotse_fbank(device)
-        )
+        self._compute = _kaldifeat_fbank(kaldifeat) if kaldifeat is not None else _lhotse_fbank()
 
     def extract(self, samples: Any, sampling_rate: int = SAMPLING_RATE) -> np.ndarray:
-        """samples (S,) or (1,S) float, numpy or torch -> (T,80) float32. UserError for another sampling rate."""
+        """samples (S,) or (1,S), numpy or torch -> (T,80) float32. UserError for another sampling rate."""
         if sampling_rate != SAMPLING_RATE:
             raise UserError(
-                f"features are computed at {SAMPLING_RATE} Hz, not {sampling_rate} Hz; resample the audio first"
+                f"features are computed at {SAMPLING_RATE} Hz, not {sampling_rate} Hz; resample the audio"
             )
         wave = torch.as_tensor(samples, dtype=torch.float32).reshape(-1)
         with torch.no_grad():
-            return self._compute(wave.to(self.device)).cpu().numpy()
+            return self._compute(wave).numpy()
 
 
 def _import_kaldifeat() -> Optional[Any]:
@@ -75,9 +74,8 @@ def _import_kaldifeat() -> Optional[Any]:
     return kaldifeat
 
 
-def _kaldifeat_fbank(kaldifeat: Any, device: str) -> Any:
+def _kaldifeat_fbank(kaldifeat: Any) -> Any:
     options = kaldifeat.FbankOptions()
-    options.device = torch.device(device)
     options.frame_opts.samp_freq = SAMPLING_RATE
     options.frame_opts.dither = 0.0
     options.frame_opts.snip_edges = False
@@ -87,7 +85,7 @@ def _kaldifeat_fbank(kaldifeat: Any, device: str) -> Any:
     return kaldifeat.Fbank(options)
 
 
-def _lhotse_fbank(device: str) -> Any:
+def _lhotse_fbank() -> Any:
     config = FbankConfig(
         sampling_rate=SAMPLING_RATE,
         num_filters=FEATURE_DIM,
@@ -95,7 +93,6 @@ def _lhotse_fbank(device: str) -> Any:
         high_freq=HIGH_FREQ_HZ,
         dither=0.0,
         snip_edges=False,
-        device=device,
     )
     fbank = Fbank(config)
     return lambda wave: fbank.extract(wave, SAMPLING_RATE)
@@ -111,7 +108,9 @@ class FeatureFileWriter:
         self.file, self.path, self.position = file, path, 0
 
     def write(self, matrix: np.ndarray, recording_id: str, start_s: float, duration_s: float) -> Features:
-        """Store one utterance's features; `path` is what the manifest will say (relative: to the fbank folder)."""
+        """Store one utterance's features; `path` is what the manifest will say (relative: to the fbank
+        folder).
+        """
         self.file.write(np.ascontiguousarray(matrix, dtype=np.float16).tobytes())
         key = f"{self.position},{len(matrix)}"
         self.position += len(matrix)

@@ -1,7 +1,8 @@
 """BPE tokens by sentencepiece, with icefall's special symbols: <blk> 0, <sos/eos> 1, <unk> 2.
 
-A lang folder holds bpe.model (sentencepiece), bpe.vocab (pieces and scores) and tokens.txt (`symbol id` lines, what
-sherpa-onnx reads). The sha256 of bpe.model names a vocabulary: a teacher and its student must share it.
+A lang folder holds bpe.model (sentencepiece), bpe.vocab (pieces and scores) and tokens.txt (`symbol id`
+lines, what sherpa-onnx reads). The sha256 of bpe.model names a vocabulary: a teacher and its student must
+share it.
 """
 
 import hashlib
@@ -55,10 +56,11 @@ class Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], lang_dir: Path, vocab_size: int) -> Tokenizer:
-    """Learn `vocab_size` BPE pieces (special symbols included) from normalised `texts` and write the lang folder.
+    """Learn `vocab_size` BPE pieces (special symbols included) from normalised `texts` and write the lang
+    folder.
 
-    The same texts give the same file, byte for byte. Raises UserError when there is no text, or when the texts
-    cannot give that many or that few pieces (the message says what is possible).
+    The same texts give the same file, byte for byte. Raises UserError when there is no text, or when the
+    texts cannot give that many or that few pieces (the message says what is possible).
     """
     lines = [text for text in texts if text.strip()]
     if not lines:
@@ -81,7 +83,8 @@ def check_same_tokenizer(expected_sha256: str, lang_dir: Path) -> None:
     found = Tokenizer(lang_dir).sha256
     if found != expected_sha256:
         raise UserError(
-            f"{Path(lang_dir) / 'bpe.model'} has sha256 {found[:12]}, but sha256 {expected_sha256[:12]} is expected: the "
+            f"{Path(lang_dir) / 'bpe.model'} has sha256 {found[:12]}, but sha256 {expected_sha256[:12]} is "
+            f"expected: the "
             "token ids mean different things. Use the lang folder that the model was trained with"
         )
 
@@ -115,7 +118,8 @@ def _train(lines: List[str], vocab_size: int, hard_limit: bool) -> bytes:
         limit = re.search(r"<= (\d+)", str(e))
         largest = int(limit.group(1)) if limit else _largest_vocabulary(lines, vocab_size)
         raise UserError(
-            f"{len(lines)} lines of text are too few for a BPE vocabulary of {vocab_size}; at most {largest} pieces "
+            f"{len(lines)} lines of text are too few for a BPE vocabulary of {vocab_size}; at most "
+            f"{largest} pieces "
             f"are possible (--vocab-size {largest}), or give more text"
         ) from None
     return model.getvalue()

@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+"""Stage 1: a BPE model from training transcripts -> LANG_DIR/bpe.model, bpe.vocab, tokens.txt.
+
+<blk> is 0, <sos/eos> 1, <unk> 2. The same text and size give the same files; nothing is done when they are
+there.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import logging
+import lzma
+import sys
+from pathlib import Path
+from typing import Iterator, List, Optional, Sequence
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lhotse import SupervisionSet  # noqa: E402
+
+from transducer_kd.data.tokenizer import Tokenizer, train_bpe  # noqa: E402
+from transducer_kd.data.validate import normalize_text  # noqa: E402
+from transducer_kd.log import UserError, run_main, setup_logging, write_json  # noqa: E402
+
+_OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+
+
+def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--lang-dir", type=Path, required=True, help="where the model goes, e.g. data/lang_bpe_500"
+    )
+    parser.add_argument("--vocab-size", type=int, required=True, help="pieces, special symbols included")
+    parser.add_argument("--manifests-dir", type=Path, help="what local/prepare_manifests.py wrote")
+    parser.add_argument(
+        "--parts", nargs="+", default=[], metavar="PART", help="labelled training parts to learn from"
+    )
+    parser.add_argument(
+        "--text", nargs="+", type=Path, default=[], help="more text, a sentence a line (.gz, .xz too)"
+    )
+    parser.add_argument(
+        "--kaldi-text", nargs="+", type=Path, default=[], help="the same with an utterance id in front"
+    )
+    parser.add_argument(
+        "--text-norm", choices=("upper", "none"), default="upper", help="of --text and --kaldi-text"
+    )
+    return parser.parse_args(argv)
+
+
+def read_texts(args: argparse.Namespace) -> Iterator[str]:
+    """Transcripts of all sources, normalised as the manifests are."""
+    for part in args.parts:
+        if args.manifests_dir is None:
+            raise UserError("--parts needs --manifests-dir")
+        path = args.manifests_dir / f"supervisions_{part}.jsonl.gz"
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; make it with local/prepare_manifests.py")
+        yield from (s.text or "" for s in SupervisionSet.from_file(path))
+    for path in args.text + args.kaldi_text:
+        try:
+            with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as f:
+                for line in f:
+                    text = line.partition(" ")[2] if path in args.kaldi_text else line
+                    yield normalize_text(text, args.text_norm)
+        except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as e:
+            raise UserError(f"text file {path} cannot be read: {' '.join(str(e).split())}") from None
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    args = parse_arguments(argv)
+    setup_logging()
+    if not (args.parts or args.text or args.kaldi_text):
+        raise UserError("nothing to learn from: pass --manifests-dir with --parts, --text or --kaldi-text")
+    texts: List[str] = list(read_texts(args))
+    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    wanted = {"vocab_size": args.vocab_size, "text_sha256": digest}
+    mark = args.lang_dir / "lang.json"
+    if (args.lang_dir / "bpe.model").exists() and mark.exists():
+        if json.loads(mark.read_text(encoding="utf-8")) == {
+            **wanted,
+            "sha256": Tokenizer(args.lang_dir).sha256,
+        }:
+            logging.info("%s is up to date", args.lang_dir)
+            return 0
+        logging.warning(
+            "%s was made from other text; models trained with it need it and will refuse the new one", mark
+        )
+    tokenizer = train_bpe(texts, args.lang_dir, args.vocab_size)
+    write_json(mark, {**wanted, "sha256": tokenizer.sha256})
+    logging.info(
+        "%s: %d pieces from %d lines, sha256 %s",
+        args.lang_dir,
+        tokenizer.vocab_size,
+        len(texts),
+        tokenizer.sha256[:12],
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
