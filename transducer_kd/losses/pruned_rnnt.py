@@ -94,8 +94,7 @@ def prune_ranges(
     Each frame first takes the window that holds most of its blanks' occupancy, less what enters the window's
     first node from outside by a token (section 3.2 of the paper). Then the windows are moved so that paths
     survive: they start at 0, end at U_n, never go back and never jump over a token. `s_range` is lowered to
-    U + 1 where U is small.
-    The bounds are the same for every backend. Raises UserError for s_range < 2.
+    U + 1 where U is small. The bounds are the same for every backend. Raises UserError for s_range < 2.
     """
     if s_range < 2:
         raise UserError(f"loss.s_range is {s_range}; at least 2 are needed, or no path can emit a token")
