@@ -1,0 +1,230 @@
+#!/usr/bin/env python3
+"""Decode test parts with a trained phase and score them.
+
+  local/decode.py --exp-dir DIR --epoch 7 --avg 2 --use-averaged-model \\
+      --decoding-method greedy_search,modified_beam_search,fast_beam_search --test-parts test-clean,test-other
+
+For each part and method, <exp-dir>/<method>/ gets recogs-*.txt, errs-*.txt and wer-summary-*.txt, and
+<exp-dir>/metrics.json gets one record, as soon as that method has finished with the part; a decoding that is
+stopped keeps all it has finished. The encoder runs once for all methods of one call: the decoding time of a
+method is the encoder's and its own. The three fast_beam_search methods also share their lattices.
+"""
+
+import argparse
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Tuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from transducer_kd.log import run_main, setup_logging  # noqa: E402
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--exp-dir", type=Path, required=True, help="experiment folder of the phase, with epoch-N.pt")
+    add("--epoch", type=int, default=0, help="N for epoch-N.pt; 0 (default): the last one; -1: best-valid.pt")
+    add("--avg", type=int, default=1, help="average over this many epochs, ending at --epoch")
+    add(
+        "--use-averaged-model",
+        action="store_true",
+        help="average all weights seen in those epochs, not only their ends",
+    )
+    add(
+        "--decoding-method", action="append", metavar="METHOD[,METHOD...]",
+        help="greedy_search (default), modified_beam_search, fast_beam_search, fast_beam_search_nbest, "
+        "fast_beam_search_nbest_oracle, streaming_greedy_search; may be repeated",
+    )  # fmt: skip
+    add("--test-parts", action="append", metavar="PART[,PART...]", help="default: test-clean,test-other")
+    add("--max-duration", type=float, default=200.0, help="audio seconds in a batch")
+    add(
+        "--num-utts",
+        type=int,
+        default=0,
+        help="decode only about the first N utterances of a part; no record is written",
+    )
+    add(
+        "--fbank-dir",
+        default="",
+        help="folder with cuts_<part>.jsonl.gz (default: the one the phase was trained with)",
+    )
+    add("--lang-dir", default="", help="folder with bpe.model (default: the one the phase was trained with)")
+    add("--device", default="auto", help="auto (the GPU where there is one), cpu, cuda or cuda:N")
+    add("--num-threads", type=int, default=0, help="CPU threads of one operation; 0: torch's choice")
+    search = parser.add_argument_group("search")
+    search.add_argument(
+        "--chunk-size", type=int, default=-1, help="encoder frames of 40 ms; 0: full context; -1: as trained"
+    )
+    search.add_argument(
+        "--max-sym-per-frame", type=int, default=1, help="greedy_search, streaming_greedy_search"
+    )
+    search.add_argument("--beam-size", type=int, default=4, help="modified_beam_search: hypotheses kept")
+    search.add_argument(
+        "--beam", type=float, default=20.0, help="fast_beam_search*: log-probability below the best"
+    )
+    search.add_argument(
+        "--max-contexts", type=int, default=8, help="fast_beam_search*: contexts kept per frame"
+    )
+    search.add_argument("--max-states", type=int, default=64, help="fast_beam_search*: states kept per frame")
+    search.add_argument(
+        "--num-paths", type=int, default=200, help="fast_beam_search_nbest*: paths drawn from a lattice"
+    )
+    search.add_argument(
+        "--nbest-scale", type=float, default=0.5, help="... with log-probabilities scaled by this"
+    )
+    search.add_argument(
+        "--save-lattices", type=Path, metavar="DIR", help="fast_beam_search*: keep them, in DIR/<part>/"
+    )
+    args = parser.parse_args()
+    args.methods = split_list(args.decoding_method or ["greedy_search"])
+    args.parts = split_list(args.test_parts or ["test-clean,test-other"])
+    positive = "max_duration max_sym_per_frame beam_size beam max_contexts max_states num_paths nbest_scale"
+    for name in positive.split():
+        if getattr(args, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be greater than 0")
+    if args.save_lattices and not any(m.startswith("fast_beam_search") for m in args.methods):
+        parser.error("--save-lattices needs one of the fast_beam_search methods")
+    return args
+
+
+Row = Tuple[str, Any, Any]  # part, MethodResult, WerReport
+
+
+def split_list(items: List[str]) -> List[str]:
+    """["a,b", "c"] -> [a, b, c], each once."""
+    return list(dict.fromkeys(name.strip() for item in items for name in item.split(",") if name.strip()))
+
+
+def first_utterances(batches: Iterator, count: int) -> Iterator:
+    """Batches until they hold `count` utterances; all of them where count is 0."""
+    seen = 0
+    for batch in batches:
+        yield batch
+        seen += len(batch.cut_ids)
+        if 0 < count <= seen:
+            return
+
+
+def main() -> int:
+    args = parse_arguments()
+    setup_logging()
+    # Imported late: --help and a mistyped option should answer at once.
+    import torch
+
+    from transducer_kd import build
+    from transducer_kd.data.datamodule import load_cuts
+    from transducer_kd.decode import evaluate
+    from transducer_kd.decode.lattice import FastBeamSearchConfig
+
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    moved = {"lang_dir": args.lang_dir} if args.lang_dir else {}
+    loaded = build.load_model(args.exp_dir, args.epoch, args.avg, args.use_averaged_model, device, **moved)
+    loaded.config.data.fbank_dir = args.fbank_dir or loaded.config.data.fbank_dir
+    options = evaluate.SearchOptions(
+        chunk_size=args.chunk_size if args.chunk_size >= 0 else loaded.config.model.encoder.chunk_size,
+        max_sym_per_frame=args.max_sym_per_frame,
+        beam_size=args.beam_size,
+        fast_beam=FastBeamSearchConfig(args.beam, args.max_contexts, args.max_states),
+        num_paths=args.num_paths,
+        nbest_scale=args.nbest_scale,
+    )
+    # What cannot work should fail now, not after the first part.
+    evaluate.check_methods(args.methods, loaded.model, options, torch.device(device))
+    for part in args.parts:
+        load_cuts(Path(loaded.config.data.fbank_dir), part)
+    data = build.build_data(loaded.config.data, loaded.tokenizer)
+    rows = [row for part in args.parts for row in decode_part(args, loaded, data, options, part)]
+    print(table(rows))
+    return 0
+
+
+def decode_part(args: argparse.Namespace, loaded: Any, data: Any, options: Any, part: str) -> List[Row]:
+    """Decode one part with all methods; files and records are written as the methods finish."""
+    from transducer_kd.decode import evaluate, records, wer
+
+    def batches() -> Iterator[Any]:
+        return first_utterances(data.test_batches(part, args.max_duration), args.num_utts)
+
+    logging.info("decoding %s with %s", part, loaded.checkpoint)
+    device = next(loaded.model.parameters()).device
+    lattice_dir = args.save_lattices / part if args.save_lattices else None
+    decoder = evaluate.PartDecoder(loaded.model, loaded.tokenizer, batches, options, device, lattice_dir)
+    rows = []
+    for result in decoder.decode(args.methods):
+        suffix = f"{loaded.checkpoint}-{options.suffix(result.method)}"
+        if args.num_utts:
+            suffix += f"-first-{len(result.utterances)}"
+        report = wer.write_results(
+            args.exp_dir / result.method, part, suffix, result.utterances, result.method
+        )
+        logging.info("[%s-%s] %s, %.1f s", part, result.method, report.line(), result.decode_s)
+        if not report.ref_words:
+            logging.warning("%s has no reference words: nothing to score, so no record", part)
+        elif not args.num_utts:
+            record = records.Record(**described(loaded, options), **found(part, options, result, report))
+            records.append_record(args.exp_dir / "metrics.json", record)
+        rows.append((part, result, report))
+    return rows
+
+
+def described(loaded: Any, options: Any) -> Dict[str, Any]:
+    """The fields of a record that name the model and this program's run."""
+    import torch
+
+    from transducer_kd.train.experiment import git_commit
+
+    config, parameters = loaded.config, loaded.model.deployed_parameters()
+    return {
+        **{name: getattr(config, name) for name in ("recipe", "corpus", "scale", "phase")},
+        "mode": "streaming" if options.chunk_size else "offline",
+        "chunk_size": options.chunk_size,
+        "left_context": config.model.encoder.left_context,
+        "checkpoint": loaded.checkpoint,
+        "params_deployed": parameters,
+        "bytes": 4 * parameters,
+        "device": str(next(loaded.model.parameters()).device),
+        "num_threads": torch.get_num_threads(),
+        "commit": git_commit(),
+        "command": shlex.join(sys.argv),
+    }
+
+
+def found(part: str, options: Any, result: Any, report: Any) -> Dict[str, Any]:
+    """The fields of a record that hold the result."""
+    scores = ("wer", "wer_low", "wer_high", "errors", "insertions", "deletions", "substitutions", "ref_words")
+    return {
+        "test_set": part,
+        "num_utts": len(result.utterances),
+        "method": result.method,
+        "parameters": options.of(result.method),
+        **{name: getattr(report, name) for name in scores},
+        "audio_s": round(result.audio_s, 2),
+        "decode_s": round(result.decode_s, 3),
+    }
+
+
+def table(rows: List[Row]) -> str:
+    """The results for the terminal: a line for each part and method."""
+    width = max(len(part) for part, _, _ in rows)
+    lines = [
+        f"{'part':{width}}  {'method':29}    WER %   95% interval  errors  words  decoded in  x real time"
+    ]
+    for part, result, report in rows:
+        speed = result.audio_s / max(result.decode_s, 1e-9)
+        interval = f"{report.wer_low:.2f} to {report.wer_high:.2f}"
+        lines.append(
+            f"{part:{width}}  {result.method:29}  {report.wer:7.2f}  {interval:>13}  {report.errors:6d}  "
+            f"{report.ref_words:5d}  {result.decode_s:8.1f} s  {speed:11.0f}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_main(main)

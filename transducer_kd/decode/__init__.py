@@ -1,0 +1,1 @@
+"""From encoder output to words: searches, word error rates and the records that reports are made from."""

@@ -1,0 +1,51 @@
+"""Greedy decoding of a streaming model the way a device does it: chunk by chunk, with caches.
+
+Shapes: N streams, T feature frames, C mel bins, T' encoder frames.
+"""
+
+from typing import Any, List, Optional
+
+import torch
+import torch.nn.functional as F
+
+from transducer_kd.decode.greedy import GreedySearcher, Hypothesis
+from transducer_kd.log import UserError
+from transducer_kd.models.subsampling import subsampled_lens
+
+# A chunk of encoder frames needs the features of its own 4*chunk_size frames and these after them.
+_LOOKAHEAD = 3
+
+
+@torch.inference_mode()
+def streaming_greedy_search(
+    model: Any,
+    x: torch.Tensor,
+    x_lens: torch.Tensor,
+    chunk_size: Optional[int] = None,
+    max_sym_per_frame: int = 1,
+) -> List[Hypothesis]:
+    """x (N,T,C), x_lens (N,) -> one hypothesis per stream.
+
+    chunk_size: encoder frames of a chunk; None: what the model was trained with.
+    All streams start together; one that ends early idles until the longest ends. The hypotheses are those of
+    `greedy_search` on the encoder's masked full-sequence output with the same chunk size.
+    Raises UserError for a model without a chunk size.
+    """
+    chunk_size = model.encoder.cfg.chunk_size if chunk_size is None else chunk_size
+    if chunk_size <= 0:
+        raise UserError(
+            "streaming decoding needs a chunk size, but this model was trained with full context "
+            "(model.encoder.chunk_size=0); pass --chunk-size, e.g. 16, or leave streaming_greedy_search out"
+        )
+    advance = 4 * chunk_size
+    num_chunks = -(-int(subsampled_lens(x_lens).max()) // chunk_size)
+    tail = num_chunks * advance + _LOOKAHEAD - x.size(1)
+    x = F.pad(x, (0, 0, 0, max(0, tail)))
+    state = model.encoder.streaming_init(x.size(0), x.device)
+    searcher = GreedySearcher(model, x.size(0), x.device, max_sym_per_frame)
+    for start in range(0, num_chunks * advance, advance):
+        end = start + advance + _LOOKAHEAD
+        lens = (x_lens - start).clamp(min=0, max=end - start)
+        encoder_out, encoder_out_lens, state = model.encoder.streaming_forward(x[:, start:end], lens, state)
+        searcher.advance(encoder_out, encoder_out_lens)
+    return searcher.results()
