@@ -20,6 +20,9 @@ class Joiner(nn.Module):
         for layer in (self.encoder_proj, self.decoder_proj, self.output_linear):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
+        # tanh shrinks what it passes on; without this the first logits are nearly flat and learning starts later.
+        with torch.no_grad():
+            self.output_linear.weight.mul_(2.0)
 
     def forward(self, encoder_out: Tensor, decoder_out: Tensor, project_input: bool = True) -> Tensor:
         """encoder_out (..., encoder_dim) and decoder_out (..., decoder_dim) -> logits (..., V).

@@ -38,6 +38,12 @@ class Transducer(nn.Module):
         self.simple_am_proj = nn.Linear(encoder_dim, vocab_size)
         self.simple_lm_proj = nn.Linear(decoder_dim, vocab_size)
         self.ctc_output = nn.Linear(encoder_dim, vocab_size) if with_ctc else None
+        # Twice torch's default scale: timid logits here give uninformative pruning bounds, and the model starts to
+        # emit tokens much later.
+        for head in (self.simple_am_proj, self.simple_lm_proj, self.ctc_output):
+            if head is not None:
+                nn.init.xavier_uniform_(head.weight)
+                nn.init.zeros_(head.bias)
 
     def encode(self, x: Tensor, x_lens: Tensor, chunk_size: Optional[int] = None) -> Tuple[Tensor, Tensor]:
         """(N, T, C), (N,) -> encoder_out (N, T', encoder_dim), encoder_out_lens (N,). See
