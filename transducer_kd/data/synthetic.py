@@ -84,11 +84,11 @@ _TRAIN_ACCENTS = ("en-us", "en-gb-x-rp", "en-gb-scotland", "en-029")
 _OTHER_ACCENTS = ("en-us-nyc", "en-gb-x-gbclan", "en-gb-x-gbcwmd")
 
 # The variants that sound like people; no robots, whisperers or echoes.
-_TRAIN_VARIANTS = ("m1", "f1", "m3", "f2", "m4", "f3", "Mario", "Annie", "pedro", "steph", "Gene", "linda")
+_TRAIN_VARIANTS = ("m1", "f1", "m3", "f2", "m4", "f3", "Mario", "steph", "Gene", "m8")
 _UNLABELLED_VARIANTS = ("m2", "f4", "Michael", "Andrea", "rob", "m5")
 _DEV_VARIANTS = ("m6", "f5", "Alex", "Nguyen")
-_CLEAN_VARIANTS = ("m7", "Alicia", "robert", "max", "anika")
-_OTHER_VARIANTS = ("Mike", "belinda", "quincy", "Denis", "aunty", "edward")
+_CLEAN_VARIANTS = ("m7", "aunty", "robert", "linda", "max")
+_OTHER_VARIANTS = ("Mike", "belinda", "quincy", "Annie", "edward")
 
 _FEMALE = set("f1 f2 f3 f4 f5 Annie steph linda Andrea Alicia anika belinda aunty".split())
 
@@ -98,7 +98,7 @@ _SHARES = (("train", 50), ("unlabelled", 30), ("dev", 4), ("test-clean", 8), ("t
 
 def _parts(speakers: Sequence[int], utterances: Sequence[int], shared: int) -> Tuple[PartSpec, ...]:
     """The five parts, with so many speakers and utterances a speaker in each."""
-    snr, rt60 = (12.0, 40.0), (0.1, 0.35)
+    snr, rt60 = (10.0, 40.0), (0.1, 0.35)
     train, unlabelled, dev, clean, other = zip(speakers, utterances)
     return (
         PartSpec("train", _TRAIN_ACCENTS, _TRAIN_VARIANTS, *train, snr, rt60),
@@ -113,13 +113,13 @@ def _parts(speakers: Sequence[int], utterances: Sequence[int], shared: int) -> T
         ),
         PartSpec("dev", _TRAIN_ACCENTS, _DEV_VARIANTS, *dev, snr, rt60),
         PartSpec("test-clean", _TRAIN_ACCENTS, _CLEAN_VARIANTS, *clean, snr, rt60),
-        PartSpec("test-other", _OTHER_ACCENTS, _OTHER_VARIANTS, *other, (5.0, 15.0), (0.2, 0.5)),
+        PartSpec("test-other", _OTHER_ACCENTS, _OTHER_VARIANTS, *other, (8.0, 18.0), (0.15, 0.4)),
     )
 
 
 SCALES: Dict[str, CorpusSpec] = {
     "smoke": CorpusSpec(_parts((4, 2, 2, 2, 2), (12, 12, 12, 12, 12), 1), words=(3, 6), chapter_size=6),
-    "mini": CorpusSpec(_parts((24, 12, 8, 10, 12), (68, 50, 26, 42, 35), 12), words=(5, 13)),
+    "mini": CorpusSpec(_parts((24, 12, 8, 10, 12), (135, 50, 26, 42, 35), 12), words=(5, 13)),
 }
 
 

@@ -84,7 +84,8 @@ class Trainer:
         self.progress, self.window = Progress(), MetricsWindow()
         self.average = ckpt.start_running_average(self.objective.model)
         self.wrapped: nn.Module = self.objective
-        self.stop_signal: Optional[int] = None
+        self.stop_signal: Optional[int] = None  # heard by this rank
+        self.stopping = False  # agreed by all ranks, so that all leave the loop after the same update
 
     # ---------------------------------------------------------------- run
 
@@ -101,7 +102,7 @@ class Trainer:
         self.objective.train()
         self.bar = _progress_bar(self.options.max_steps, self.progress.step) if ddp.is_main() else None
         try:
-            while self.progress.step < self.options.max_steps and self.stop_signal is None:
+            while self.progress.step < self.options.max_steps and not self.stopping:
                 self._run_epoch()
         finally:
             for number, handler in previous.items():
@@ -111,7 +112,7 @@ class Trainer:
             if self.writer is not None:
                 self.writer.close()
         self._log_peak_memory()
-        return self.stop_signal is None
+        return self.progress.step >= self.options.max_steps
 
     def _run_epoch(self) -> None:
         state = self.progress
@@ -123,7 +124,7 @@ class Trainer:
             if len(pending) == self.options.accumulate:
                 self._update(pending, data_seconds)
                 pending, data_seconds = [], 0.0
-                if state.step >= self.options.max_steps or self.stop_signal is not None:
+                if state.step >= self.options.max_steps or self.stopping:
                     break
             clock = time.perf_counter()
         else:
@@ -141,7 +142,7 @@ class Trainer:
         if state.step >= self.options.max_steps:  # ends inside an epoch: its last weights still are epoch N's
             self._save(f"epoch-{state.epoch}.pt")
         else:
-            logging.warning("signal %s: saving after update %d and stopping", self.stop_signal, state.step)
+            logging.warning("told to stop: saving after update %d", state.step)
             self._save(f"checkpoint-{state.step}.pt")
 
     # ---------------------------------------------------------------- one update
@@ -252,9 +253,7 @@ class Trainer:
                 ckpt.remove_old_checkpoints(self.exp_dir, options.keep_last)
         if self.bar is not None:
             self.bar.update(1)
-        # Ranks must stop at the same update: one that heard the signal tells the others.
-        if ddp.world_size() > 1 and ddp.all_reduce_sum([float(self.stop_signal is not None)])[0]:
-            self.stop_signal = self.stop_signal or signal.SIGTERM
+        self.stopping = ddp.all_reduce_sum([float(self.stop_signal is not None)])[0] > 0
 
     def _log_window(self, batch: Any, rate: float) -> None:
         state, means = self.progress, self.window.means()
