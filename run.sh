@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Runs a recipe: ./run.sh [--recipe two_pass] [options]. Every option is forwarded to egs/librispeech/<recipe>/run.sh.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+recipes=$(cd "$root/egs/librispeech" && for f in */run.sh; do echo "${f%/run.sh}"; done | paste -sd' ' -)
+
+usage() {
+  cat <<HELP
+usage: ./run.sh [--recipe NAME] [options]
+
+  ./run.sh                                                    everything, on speech it makes itself (25 min, 2 cores)
+  ./run.sh --scale smoke                                      the same in a minute, to see that all is there
+  ./run.sh --stage 2 --stop-stage 2 --set optim.lr=1e-3       one stage, with another setting
+  ./run.sh --corpus mini_librispeech                          5 h of real speech, downloaded
+  ./run.sh --corpus librispeech --full-libri 1 --scale full --nproc 8
+  ./run.sh --corpus-dir /speech/libri --train-parts "train-clean-5" --dev-parts dev-clean-2 --test-parts dev-clean-2
+  ./run.sh --csv "train=train.csv dev=dev.csv test=test.csv" --corpus-name cars --vocab-size 300
+
+recipes: $recipes (default: two_pass)
+
+Stages, the same in every recipe
+  0  corpus and manifests      2    teacher                         6  decode and report
+  1  features and BPE          3-5  the recipe's own phases         7  export for the device (not there yet)
+  --stage N --stop-stage M     from N (default 0) to M (default: the last one)
+  --force                      run the stages again though they are done; an earlier training is moved aside
+  A stage that ended well with the same options is skipped. One that was interrupted goes on where it was.
+
+Corpus, one of
+  --corpus synthetic           espeak-ng speaks device commands in noisy rooms (default)
+  --corpus mini_librispeech    5 h; downloaded unless it is there
+  --corpus librispeech         100 h, or 960 h with --full-libri 1; downloaded unless it is there
+  --corpus-dir DIR             a folder in LibriSpeech layout; with --corpus librispeech, an unpacked copy of it
+  --csv "PART=FILE ..."        tables with the columns path,text,speaker[,id]
+  --kaldi-dir "PART=DIR ..."   Kaldi data directories
+  --manifest-dir DIR           lhotse manifests: recordings_<part>.jsonl.gz and supervisions_<part>.jsonl.gz
+and about it
+  --corpus-name NAME           names its folders (default: from the corpus or the folder). Data go to
+                               egs/librispeech/data/<name>, models to egs/librispeech/<recipe>/exp/<name>-<scale>;
+                               only the synthetic corpus has data of its own for scale smoke: data/synthetic-smoke
+  --train-parts "A B"  --dev-parts "C"  --test-parts "D E"  --unlabelled-parts "F"
+                               (default: those of the corpus, or guessed from their names)
+  --bad-audio error|skip       a faulty utterance stops stage 0 or 1 (default), or is left out and listed
+  --resample                   accept audio that is not 16 kHz
+  --on-the-fly-feats           compute features while training instead of storing them
+
+Model and training
+  --scale smoke|mini|small|full    the folder of egs/librispeech/<recipe>/conf (default: mini for the synthetic corpus,
+                               small for others): seconds; minutes; about 10 h of speech; 960 h on GPUs
+  --vocab-size N               BPE pieces (default: smoke 60, mini 100, small and full 500)
+  --set SECTION.KEY=VALUE      change a setting of the phases; may be repeated; transducer_kd/config.py has them all
+  --nproc N                    training processes, one per GPU (torchrun; default 1)
+  --device auto|cpu|cuda|cuda:N    (default auto: the GPU where there is one)
+  --controls                   also train the recipe's control arms, where it has some
+
+Environment
+  --env k2|modern              .venv or .venv-modern; tools/setup.sh makes it when it is missing
+                               (default: the one tools/setup.sh chose, see its --help)
+  OMP_NUM_THREADS              CPU threads of one process (default: all cores)
+HELP
+}
+
+recipe=two_pass
+arguments=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    -h | --help) usage; exit 0 ;;
+    --recipe=*) recipe=${1#*=} ;;
+    --recipe) recipe=${2:-}; shift ;;
+    *) arguments+=("$1") ;;
+  esac
+  shift || { echo "ERROR --recipe needs a name: $recipes" >&2; exit 1; }
+done
+if [[ " $recipes " != *" $recipe "* ]]; then
+  echo "ERROR there is no recipe '$recipe'; there are: $recipes" >&2
+  exit 1
+fi
+exec "$root/egs/librispeech/$recipe/run.sh" ${arguments[@]+"${arguments[@]}"}
