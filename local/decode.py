@@ -120,12 +120,15 @@ def main() -> int:
     from transducer_kd.data.datamodule import load_cuts
     from transducer_kd.decode import evaluate
     from transducer_kd.decode.lattice import FastBeamSearchConfig
+    from transducer_kd.train import ddp
 
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = ddp.setup(args.device).device
     moved = {"lang_dir": args.lang_dir} if args.lang_dir else {}
-    loaded = build.load_model(args.exp_dir, args.epoch, args.avg, args.use_averaged_model, device, **moved)
+    loaded = build.load_model(
+        args.exp_dir, args.epoch, args.avg, args.use_averaged_model, str(device), **moved
+    )
     loaded.config.data.fbank_dir = args.fbank_dir or loaded.config.data.fbank_dir
     options = evaluate.SearchOptions(
         chunk_size=args.chunk_size if args.chunk_size >= 0 else loaded.config.model.encoder.chunk_size,
@@ -136,7 +139,7 @@ def main() -> int:
         nbest_scale=args.nbest_scale,
     )
     # What cannot work should fail now, not after the first part.
-    evaluate.check_methods(args.methods, loaded.model, options, torch.device(device))
+    evaluate.check_methods(args.methods, loaded.model, options, device)
     for part in args.parts:
         load_cuts(Path(loaded.config.data.fbank_dir), part)
     data = build.build_data(loaded.config.data, loaded.tokenizer)

@@ -151,7 +151,7 @@ def nbest(lattice: Any, num_paths: int = 200, nbest_scale: float = 0.5) -> List[
     alignments = k2.intersect_device(
         k2.arc_sort(lattice), linear, b_to_a_map=of_stream_map, sorted_match_a=True
     )
-    alignments = k2.top_sort(k2.connect(alignments))
+    alignments = k2.top_sort(alignments)
     totals = alignments.get_tot_scores(use_double_scores=True, log_semiring=True).tolist()
     found: List[List[Hypothesis]] = [[] for _ in range(lattice.shape[0])]
     for n, hyp, total in zip(of_stream, _best_paths(k2, alignments), totals):

@@ -1,0 +1,178 @@
+"""local/decode.py end to end on a tiny untrained model: what it writes, how it refuses what cannot work."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lhotse import CutSet, MonoCut, SupervisionSegment
+
+from transducer_kd.config import PhaseConfig, to_dict
+from transducer_kd.data.features import FeatureFileWriter
+from transducer_kd.data.tokenizer import train_bpe
+from transducer_kd.decode import evaluate
+from transducer_kd.log import UserError
+from transducer_kd.models.transducer import Transducer
+from transducer_kd.train.checkpoint import save_checkpoint
+
+PROGRAM = Path(__file__).resolve().parents[2] / "local" / "decode.py"
+TEXTS = ["turn on the light", "play the song", "stop", "what time is it", "turn off the radio"]
+
+
+def write_part(fbank_dir, part, num_cuts):
+    rng = np.random.default_rng(len(part))
+    cuts = []
+    with open(fbank_dir / f"feats_{part}.bin", "wb") as f:
+        writer = FeatureFileWriter(f, f"feats_{part}.bin")
+        for i in range(num_cuts):
+            cut_id, duration = f"{part}-{i}", 0.5 + 0.1 * i
+            matrix = rng.normal(-8, 4, size=(round(100 * duration), 80)).astype(np.float32)
+            supervision = SupervisionSegment(cut_id, cut_id, 0.0, duration, text=TEXTS[i % len(TEXTS)])
+            features = writer.write(matrix, cut_id, 0.0, duration)
+            cuts.append(MonoCut(cut_id, 0.0, duration, 0, [supervision], features))
+    CutSet.from_cuts(cuts).to_file(fbank_dir / f"cuts_{part}.jsonl.gz")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with fbank/, lang/ and exp/ (epochs 1 and 2)."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "fbank").mkdir()
+    tokenizer = train_bpe(TEXTS, folder / "lang", 40)
+    write_part(folder / "fbank", "test-clean", 5)
+    write_part(folder / "fbank", "test-other", 3)
+    config = PhaseConfig()
+    config.data.fbank_dir, config.data.lang_dir = str(folder / "fbank"), str(folder / "lang")
+    encoder = config.model.encoder
+    encoder.num_layers, encoder.encoder_dim, encoder.feedforward_dim, encoder.num_heads = 1, 8, 16, 2
+    encoder.subsampling_channels, encoder.chunk_size, encoder.left_context = 2, 4, 8
+    config.model.decoder.decoder_dim = config.model.joiner_dim = 8
+    torch.manual_seed(0)
+    model = Transducer(config.model, tokenizer.vocab_size)
+    for epoch in (1, 2):
+        content = {"model": model.state_dict(), "config": to_dict(config), "bpe_sha256": tokenizer.sha256}
+        save_checkpoint(folder / "exp" / f"epoch-{epoch}.pt", content)
+    return folder
+
+
+@pytest.fixture
+def decode(trained, tmp_path, monkeypatch):
+    """Runs the program's main with arguments on a copy of the experiment folder, which it returns."""
+    spec = importlib.util.spec_from_file_location("decode_program", PROGRAM)
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    exp_dir = tmp_path / "exp"
+    exp_dir.mkdir()
+    for path in (trained / "exp").iterdir():
+        (exp_dir / path.name).symlink_to(path)
+
+    def run(*arguments):
+        monkeypatch.setattr(program, "setup_logging", lambda: None)
+        monkeypatch.setattr(sys, "argv", ["decode.py", "--exp-dir", str(exp_dir), *arguments])
+        assert program.main() == 0
+        return exp_dir
+
+    run.exp_dir = exp_dir
+    return run
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_results_records_and_table(decode, capsys):
+    methods = [
+        "--decoding-method",
+        "greedy_search,streaming_greedy_search",
+        "--decoding-method",
+        "greedy_search",
+    ]
+    exp_dir = decode(*methods)
+    records = json.loads((exp_dir / "metrics.json").read_text())
+    found = {(r["test_set"], r["method"]): r for r in records}
+    assert len(records) == len(found) == 4
+    clean = found["test-clean", "greedy_search"]
+    assert (clean["phase"], clean["mode"], clean["chunk_size"]) == ("teacher", "streaming", 4)
+    assert (clean["checkpoint"], clean["num_utts"], clean["ref_words"]) == ("epoch-2-avg-1", 5, 16)
+    assert clean["audio_s"] == pytest.approx(3.5)
+    assert clean["bytes"] == 4 * clean["params_deployed"] > 0
+    assert clean["wer_low"] <= clean["wer"] <= clean["wer_high"]
+    assert clean["errors"] == clean["insertions"] + clean["deletions"] + clean["substitutions"]
+    assert clean["wer"] == pytest.approx(100 * clean["errors"] / 16)
+    assert "--decoding-method" in clean["command"]
+    assert clean["wer"] == found["test-clean", "streaming_greedy_search"]["wer"]
+    suffix = "test-clean-epoch-2-avg-1-streaming-chunk-size-4-max-sym-per-frame-1.txt"
+    for kind in ("recogs", "errs", "wer-summary"):
+        assert f"{kind}-{suffix}" in names(exp_dir / "greedy_search")
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 5
+    assert table[1].split()[:2] == ["test-clean", "greedy_search"]
+
+
+def test_decoding_again_replaces_records_and_other_modes_stay(decode):
+    decode("--test-parts", "test-clean")
+    decode("--test-parts", "test-clean", "--epoch", "1")
+    exp_dir = decode("--test-parts", "test-clean", "--chunk-size", "0")
+    records = json.loads((exp_dir / "metrics.json").read_text())
+    assert [(r["mode"], r["checkpoint"]) for r in records] == [
+        ("streaming", "epoch-1-avg-1"),
+        ("offline", "epoch-2-avg-1"),
+    ]
+
+
+def test_a_stopped_decoding_keeps_what_was_finished(decode, monkeypatch):
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "modified_beam_search", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        decode("--decoding-method", "modified_beam_search,greedy_search", "--test-parts", "test-other")
+    assert [r["method"] for r in json.loads((decode.exp_dir / "metrics.json").read_text())] == [
+        "greedy_search"
+    ]
+    assert names(decode.exp_dir) == ["epoch-1.pt", "epoch-2.pt", "greedy_search", "metrics.json"]
+    assert len(names(decode.exp_dir / "greedy_search")) == 3
+
+
+def test_a_quick_look_writes_no_record(decode):
+    exp_dir = decode("--num-utts", "1", "--max-duration", "1", "--test-parts", "test-clean")
+    assert not (exp_dir / "metrics.json").exists()
+    assert all("-first-1.txt" in name for name in names(exp_dir / "greedy_search"))
+
+
+def test_lattices_are_saved_per_part(decode, tmp_path):
+    pytest.importorskip("k2", reason="lattices need k2")
+    decode("--decoding-method", "fast_beam_search", "--save-lattices", str(tmp_path / "lattices"))
+    assert names(tmp_path / "lattices") == ["test-clean", "test-other"]
+    assert names(tmp_path / "lattices" / "test-clean") == ["lattices-00000.pt"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--epoch", "7"], "epoch-7.pt does not exist.*epoch-1.pt, epoch-2.pt"),
+        (["--epoch", "-1"], "best-valid.pt does not exist"),
+        (["--avg", "3"], "--avg 3"),
+        (["--test-parts", "test-clean,test-third"], "cuts_test-third.*parts there: test-clean, test-other"),
+        (["--decoding-method", "greedy"], "--decoding-method greedy is not known; known: greedy_search"),
+        (["--decoding-method", "streaming_greedy_search", "--chunk-size", "0"], "needs a chunk size"),
+        (["--device", "cuda:99"], "cuda:99"),
+        (["--exp-dir", "/nonexistent/exp"], "no experiment folder /nonexistent/exp"),
+        (["--fbank-dir", "/nonexistent"], "/nonexistent/cuts_test-clean.jsonl.gz does not exist"),
+    ],
+)
+def test_what_cannot_work_is_one_clear_error_before_any_work(decode, arguments, message):
+    with pytest.raises(UserError, match=message):
+        decode(*arguments)
+    assert names(decode.exp_dir) == ["epoch-1.pt", "epoch-2.pt"]
+
+
+@pytest.mark.parametrize("arguments", [["--beam-size", "0"], ["--save-lattices", "x"], ["--epoch", "two"]])
+def test_senseless_options_are_refused(decode, arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        decode(*arguments)
+    assert error.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
