@@ -1,0 +1,326 @@
+"""From invented records to report.json, report.html and RESULTS.md: numbers, named gaps, clear errors."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from transducer_kd.log import UserError
+from transducer_kd.report import collect, html, plots, tables
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def record(phase="teacher", test_set="test-clean", method="greedy_search", wer=5.0, **changes):
+    made = {
+        "recipe": "two_pass", "corpus": "synthetic", "scale": "mini", "phase": phase, "mode": "offline",
+        "params_deployed": 1_750_000, "bytes": 7_000_000, "test_set": test_set, "method": method,
+        "wer": wer, "wer_low": wer - 1.25, "wer_high": wer + 1.5, "errors": 200, "ref_words": 4000,
+        "audio_s": 1200.0, "decode_s": 10.0, "commit": "abc123", "command": f"{ROOT}/local/decode.py",
+    }  # fmt: skip
+    return {**made, **changes}
+
+
+TRAIN_LOG = [
+    {"kind": "train", "step": 50, "epoch": 1, "loss": 4.0, "audio_s_per_s": 100.0, "elapsed_s": 10.0},
+    {"kind": "train", "step": 100, "epoch": 2, "loss": 0.25, "audio_s_per_s": 200.0, "elapsed_s": 40.0},
+    {"kind": "valid", "step": 50, "epoch": 1, "loss": 0.5, "wer": 40.0},
+    {"kind": "valid", "step": 100, "epoch": 2, "loss": 0.75, "wer": 30.0},
+]
+
+
+def write_lines(path, values):
+    path.write_text("".join(json.dumps(v) + "\n" for v in values))
+
+
+def write_phase(exp_dir, name, records):
+    folder = exp_dir / name
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps(records))
+    (folder / "config.json").write_text(json.dumps({"corpus": "synthetic", "scale": "mini"}))
+    meta = {"commit": "abc123", "command": "local/train.py", "torch": "1.13.1", "parameters": {"deployed": 5}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    write_lines(folder / "train_log.jsonl", TRAIN_LOG)
+    return folder
+
+
+@pytest.fixture
+def exp_dir(tmp_path):
+    root = tmp_path / "two_pass" / "exp" / "synthetic-mini"
+    small = {"phase": "student", "params_deployed": 500_000}
+    write_phase(root, "student", [record(wer=8.0, **small), record(test_set="test-other", **small)])
+    write_phase(root, "teacher", [record(), record(test_set="test-other", method="beam", wer=9.0)])
+    write_lines(
+        root / "stages.jsonl",
+        [
+            {"stage": s, "name": n, "seconds": t}
+            for s, n, t in ((2, "teacher", 99.0), (0, "data", 5.0), (2, "teacher", 60.0))
+        ],
+    )
+    return root
+
+
+# Collecting
+
+
+def test_collects_phases_by_size_and_the_newest_stage_times(exp_dir):
+    report = collect.collect(exp_dir)
+    assert (report["recipe"], report["corpus"], report["scale"]) == ("two_pass", "synthetic", "mini")
+    assert report["is_synthetic"]
+    assert [(p["name"], p["params_deployed"]) for p in report["phases"]] == [
+        ("teacher", 1_750_000),
+        ("student", 500_000),
+    ]
+    assert [r["phase"] for r in report["records"]] == ["teacher", "teacher", "student", "student"]
+    assert [(s["stage"], s["seconds"]) for s in report["stages"]] == [(0, 5.0), (2, 60.0)]
+    assert report["missing"] == ["the description of the synthetic corpus (corpus.json)"]
+
+
+def test_training_speed_is_weighted_by_time_and_the_best_validation_is_that_of_the_loss(exp_dir):
+    training = collect.collect(exp_dir)["phases"][0]["training"]
+    # 10 s at 100 and 30 s at 200 audio-s/s, not the mean of 100 and 200.
+    assert training["audio_s_per_s"] == pytest.approx(175.0)
+    assert training["elapsed_s"] == 40.0 and training["updates"] == 100 and training["final_loss"] == 0.25
+    assert training["best_valid"]["step"] == 50
+
+
+def test_missing_pieces_are_named_and_old_runs_are_left_out(exp_dir):
+    (exp_dir / "student" / "metrics.json").unlink()
+    (exp_dir / "student" / "train_log.jsonl").unlink()
+    (exp_dir / "teacher" / "meta.json").unlink()
+    (exp_dir / "stages.jsonl").unlink()
+    write_phase(exp_dir, "teacher.old-20260101-000000", [record(wer=99.0)])
+    report = collect.collect(exp_dir)
+    named = "; ".join(report["missing"])
+    for piece in (
+        "student has not been decoded",
+        "training log of phase student",
+        "meta.json of phase teacher",
+    ):
+        assert piece in named
+    assert "stage times" in named
+    assert [p["name"] for p in report["phases"]] == ["teacher", "student"]
+    page = html.render(report, "made by a test")
+    assert "student has not been decoded" in page and "99.00" not in page
+    assert "; phase student has not been decoded" in tables.markdown_section(report)
+
+
+def test_undecoded_phase_alone_is_a_report_too(tmp_path):
+    folder = write_phase(tmp_path / "r" / "exp" / "librispeech-small", "teacher", [])
+    (folder / "config.json").unlink()
+    report = collect.collect(folder.parent)
+    assert (report["corpus"], report["scale"], report["is_synthetic"]) == ("librispeech", "small", False)
+    page = html.render(report, "")
+    assert "Nothing has been decoded yet" in page and tables.SYNTHETIC_WARNING not in page
+    assert report["phases"][0]["params_deployed"] == 5  # from meta.json
+
+
+def test_corpus_description_is_found_beside_the_features(exp_dir, tmp_path):
+    data = tmp_path / "data"
+    (data / "download" / "LibriSpeech").mkdir(parents=True)
+    part = {"speakers": 24, "utterances": 1632, "hours": 1.5, "snr_db": [12.0, 40.0], "accents": ["en-us"]}
+    summary = {"seed": 7, "version": 1, "parts": {"train": part}}
+    (data / "download" / "LibriSpeech" / "corpus.json").write_text(json.dumps(summary))
+    config = {"corpus": "synthetic", "scale": "mini", "data": {"fbank_dir": str(data / "fbank")}}
+    (exp_dir / "teacher" / "config.json").write_text(json.dumps(config))
+    report = collect.collect(exp_dir)
+    assert tables.corpus_rows(report)[1] == ["train", "24", "1,632", "90.0", "12 to 40", "en-us"]
+    assert report["missing"] == []
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "not valid JSON"),
+        ("{}", "expected a list"),
+        ("[3]", "record 1 is not an object"),
+        (json.dumps([record(), {**record(), "wer": "low"}]), "record 2: wer is 'low'"),
+        (json.dumps([{k: v for k, v in record().items() if k != "errors"}]), "errors is None"),
+        (json.dumps([record()]).replace("1200.0", "NaN"), "audio_s is nan"),
+        (json.dumps([record()]).replace("1750000", "true"), "params_deployed is True"),
+    ],
+)
+def test_damaged_metrics_name_the_file_and_the_field(exp_dir, content, told):
+    path = exp_dir / "teacher" / "metrics.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=told) as error:
+        collect.collect(exp_dir)
+    assert str(path) in str(error.value)
+
+
+def test_training_log_cut_by_a_kill_is_read_and_a_damaged_one_named(exp_dir):
+    path = exp_dir / "teacher" / "train_log.jsonl"
+    with open(path, "a") as f:
+        f.write('{"kind": "train", "st')
+    assert collect.collect(exp_dir)["phases"][0]["training"]["updates"] == 100
+    path.write_text('{"kind": "train", "st\n{"kind": "train", "step": 3}\n')
+    with pytest.raises(UserError, match=r"train_log\.jsonl:1 is not valid JSON"):
+        collect.collect(exp_dir)
+    path.write_text('{"kind": "train"}\n')
+    with pytest.raises(UserError, match=r"train_log\.jsonl:1: expected an object with kind, step"):
+        collect.collect(exp_dir)
+
+
+def test_nothing_to_report_is_said(tmp_path):
+    with pytest.raises(UserError, match="not a folder"):
+        collect.collect(tmp_path / "none")
+    with pytest.raises(UserError, match="holds no phase"):
+        collect.collect(tmp_path)
+
+
+# Tables
+
+
+def test_results_have_a_column_per_test_set_and_a_gap_where_one_was_not_decoded(exp_dir):
+    rows = tables.results_rows(collect.collect(exp_dir))
+    assert rows[0] == [
+        "phase",
+        "mode",
+        "method",
+        "parameters",
+        "test-clean WER %",
+        "test-other WER %",
+        "x real time",
+    ]
+    assert rows[1] == ["teacher", "offline", "greedy_search", "1.75 M", "5.00 [3.75, 6.50]", "-", "120"]
+    assert rows[2][2:6] == ["beam", "1.75 M", "-", "9.00 [7.75, 10.50]"]
+    assert rows[3][4:] == ["8.00 [6.75, 9.50]", "5.00 [3.75, 6.50]", "120"]
+
+
+def test_headline_prefers_greedy_search():
+    records = [
+        record(method="beam", wer=1.0),
+        record(method="greedy_search", wer=2.0),
+        record("other", method="beam"),
+    ]
+    found = tables.headline({"records": records})
+    assert [(who, by_set["test-clean"]["wer"]) for who, by_set in found] == [
+        (("teacher", "offline"), 2.0),
+        (("other", "offline"), 5.0),
+    ]
+
+
+def test_notes_warn_of_oracles_and_of_mixed_or_dirty_code():
+    assert tables.notes({"records": [record()]}) == []
+    assert tables.ORACLE_NOTE in tables.notes({"records": [record(method="fast_beam_search_nbest_oracle")]})
+    mixed = {"records": [record(), record(commit="def456")]}
+    assert "several commits (abc123, def456)" in tables.notes(mixed)[0]
+    assert "-dirty" in tables.notes({"records": [record(commit="abc-dirty")]})[0]
+
+
+def test_terminal_and_markdown_tables():
+    rows = [["name", "WER %"], ["a|b", "1.5"], ["c", "10.25"]]
+    assert tables.terminal_table(rows) == "name  WER %\n-----------\na|b     1.5\nc     10.25"
+    assert tables.markdown_table(rows) == "| name | WER % |\n|---|---|\n| a\\|b | 1.5 |\n| c | 10.25 |"
+
+
+def test_results_md_keeps_the_sections_of_other_corpora(exp_dir, tmp_path):
+    path = tmp_path / "RESULTS.md"
+    report = collect.collect(exp_dir)
+    tables.update_results(
+        path, {**report, "corpus": "librispeech", "scale": "small", "is_synthetic": False}, "one"
+    )
+    tables.update_results(path, report, "two")
+    first = path.read_text()
+    report["records"][0]["wer"] = 77.0
+    tables.update_results(path, report, "three")
+    text = path.read_text()
+    assert text.startswith("<!-- generated by local/report.py") and "```sh\nthree\n```" in text
+    assert text.count("## synthetic, mini") == text.count("## librispeech, small") == 1
+    assert text.count(tables.SYNTHETIC_WARNING) == 1
+    assert "77.00" in text and "77.00" not in first
+    begin = "<!-- begin librispeech-small -->"
+    assert first.split(begin)[1].split("<!-- end")[0] == text.split(begin)[1].split("<!-- end")[0]
+    assert str(ROOT) not in text  # commands read the same in another checkout
+
+
+def test_files_of_others_are_not_overwritten(exp_dir, tmp_path):
+    report = collect.collect(exp_dir)
+    path = tmp_path / "RESULTS.md"
+    path.write_text("# My own results\n")
+    with pytest.raises(UserError, match="not made by local/report.py"):
+        tables.update_results(path, report, "")
+    assert path.read_text() == "# My own results\n"
+    tables.update_results(tmp_path / "made.md", report, "")
+    damaged = (tmp_path / "made.md").read_text().replace("<!-- end synthetic-mini -->", "")
+    (tmp_path / "made.md").write_text(damaged)
+    with pytest.raises(UserError, match="damaged section marks"):
+        tables.update_results(tmp_path / "made.md", report, "")
+
+
+def test_readme_block_is_renewed_and_the_rest_kept(exp_dir, tmp_path):
+    report = collect.collect(exp_dir)
+    path = tmp_path / "README.md"
+    path.write_text("before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n")
+    tables.update_block(path, report)
+    once = path.read_text()
+    tables.update_block(path, report)
+    assert path.read_text() == once
+    assert once.startswith("before\n<!--") and once.endswith("-->\nafter\n") and "\nold\n" not in once
+    assert "5.00 [3.75, 6.50]" in once and tables.SYNTHETIC_WARNING in once
+    (tmp_path / "plain.md").write_text("no marks")
+    with pytest.raises(UserError, match="results:begin"):
+        tables.update_block(tmp_path / "plain.md", report)
+
+
+# The page
+
+
+def test_page_is_self_contained_and_labels_synthetic_speech(exp_dir):
+    (exp_dir / "teacher" / "meta.json").write_text(json.dumps({"command": "<script>alert(1)</script>"}))
+    page = html.render(collect.collect(exp_dir), "made by a test")
+    assert page.count(tables.SYNTHETIC_WARNING.replace("'", "&#39;")) == 1
+    assert "<script" not in page and "&lt;script&gt;" in page
+    without_names = re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
+    assert not re.search(r"(src|href)\s*=\s*[\"'](?!#)|url\((?!#)|@import", without_names)
+    assert "5.00 [3.75, 6.50]" in page and "abc123" in page and "made by a test" in page
+
+
+def test_every_figure_is_svg_with_live_text_and_the_colours_of_the_page(exp_dir):
+    found = plots.figures(collect.collect(exp_dir))
+    assert [title for title, _, _ in found] == [
+        "Word error rate against size",
+        "Word error rate by decoding method",
+        "Learning curves: teacher",
+        "Learning curves: student",
+        "Time of each stage",
+    ]
+    for _, svg, _ in found:
+        root = ElementTree.fromstring(svg)
+        assert root.tag.endswith("svg") and "viewBox" in root.attrib and "width" not in root.attrib
+        assert "currentColor" in svg and "#010203" not in svg and "#040506" not in svg
+        assert any(e.tag.endswith("text") for e in root.iter())
+    assert "test-other" in found[0][1] and "0  data" in found[-1][1].replace("\u00a0", " ")
+
+
+def test_same_input_gives_the_same_page(exp_dir):
+    report = collect.collect(exp_dir)
+    assert html.render(report, "") == html.render(report, "")
+
+
+# The program
+
+
+def run_program(*arguments):
+    command = [sys.executable, str(ROOT / "local" / "report.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_program_writes_all_files_and_prints_the_table(exp_dir):
+    done = run_program("--exp-dir", exp_dir)
+    assert done.returncode == 0, done.stderr
+    assert tables.SYNTHETIC_WARNING in done.stdout and "5.00 [3.75, 6.50]" in done.stdout
+    assert json.loads((exp_dir / "report.json").read_text())["records"][0]["wer"] == 5.0
+    assert (exp_dir / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert "## synthetic, mini" in (exp_dir.parent.parent / "RESULTS.md").read_text()
+
+
+def test_program_reports_a_damaged_file_in_one_line(exp_dir):
+    (exp_dir / "teacher" / "metrics.json").write_text("[")
+    done = run_program("--exp-dir", exp_dir, "--results", "none")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "metrics.json" in done.stderr
+    assert not (exp_dir / "report.html").exists()

@@ -1,0 +1,258 @@
+"""Reads what the phases of one experiment folder left behind and checks it: only this knows the files.
+
+    <recipe>/exp/<corpus>-<scale>/stages.jsonl               {"stage", "name", "seconds"} a line
+    <recipe>/exp/<corpus>-<scale>/<phase>/metrics.json       list of decoding records, see RECORD_FIELDS
+                                         /train_log.jsonl    {"kind": "train"|"valid", "step", ...} a line
+                                         /config.json        resolved configuration
+                                         /meta.json          commit, command, versions, parameter counts
+
+The result is one plain dict, which is also what report.json holds:
+
+    {"recipe", "corpus", "scale", "is_synthetic",
+     "phases":  [{"name", "params_deployed", "config", "meta", "training": {...} or None}],
+     "records": [record, ...],              every decoding of every phase, phases in the order above
+     "stages":  [{"stage", "name", "seconds"}],
+     "corpus_summary": {...} or None,       corpus.json of the synthetic corpus
+     "machine": {"cpu", "cores", "memory_gb"},
+     "missing": ["phase x has not been decoded ...", ...]}
+
+A missing file is named under "missing"; a damaged one raises UserError.
+"""
+
+import json
+import math
+import os
+import platform
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+from transducer_kd.log import UserError
+
+# Field -> type of a record; `float` also takes ints. Anything else a record holds is kept as it is.
+RECORD_FIELDS: Dict[str, type] = {
+    "recipe": str,
+    "corpus": str,
+    "scale": str,
+    "phase": str,
+    "mode": str,
+    "params_deployed": int,
+    "bytes": int,
+    "test_set": str,
+    "method": str,
+    "wer": float,
+    "wer_low": float,
+    "wer_high": float,
+    "errors": int,
+    "ref_words": int,
+    "audio_s": float,
+    "decode_s": float,
+    "commit": str,
+    "command": str,
+}
+
+_MAX_CURVE_POINTS = 400  # a figure shows no more, and report.html stays small
+
+
+def collect(exp_dir: Path, corpus_json: Optional[Path] = None) -> Dict[str, Any]:
+    """Everything known about the experiments in `exp_dir` (`<recipe>/exp/<corpus>-<scale>`).
+
+    corpus_json: the synthetic corpus's description; by default looked for beside the features trained on.
+    Raises UserError when there is nothing to report, or a file is damaged (it names the file).
+    """
+    exp_dir = Path(exp_dir).absolute()
+    if not exp_dir.is_dir():
+        raise UserError(f"{exp_dir} is not a folder; expected <recipe>/exp/<corpus>-<scale>")
+    folders = [p for p in sorted(exp_dir.iterdir()) if _is_phase(p)]
+    if not folders:
+        raise UserError(
+            f"{exp_dir} holds no phase (folder with config.json or metrics.json); train one first"
+        )
+    missing: List[str] = []
+    phases, records = [], []
+    for folder in folders:
+        phase = _read_phase(folder, missing)
+        own = read_records(folder / "metrics.json")
+        if own:
+            phase["params_deployed"] = own[-1]["params_deployed"]
+        else:
+            missing.append(f"phase {folder.name} has not been decoded (no metrics.json)")
+        phases.append(phase)
+        records.extend({**record, "phase": folder.name} for record in own)
+    # Large models first: teachers before students.
+    phases.sort(key=lambda p: (-(p["params_deployed"] or 0), p["name"]))
+    order = [p["name"] for p in phases]
+    records.sort(key=lambda r: order.index(r["phase"]))
+    stages = _read_stages(exp_dir / "stages.jsonl")
+    if not stages:
+        missing.append("stage times (no stages.jsonl: the stages were not run by run.sh)")
+    corpus, scale = _corpus_and_scale(exp_dir.name, phases, records)
+    summary = _read_corpus(corpus_json, phases)
+    is_synthetic = corpus.startswith("synthetic")
+    if is_synthetic and summary is None:
+        missing.append("the description of the synthetic corpus (corpus.json)")
+    return {
+        "recipe": exp_dir.parent.parent.name,
+        "corpus": corpus,
+        "scale": scale,
+        "is_synthetic": is_synthetic,
+        "phases": phases,
+        "records": records,
+        "stages": stages,
+        "corpus_summary": summary,
+        "machine": machine(),
+        "missing": missing,
+    }
+
+
+def read_records(path: Path) -> List[Dict[str, Any]]:
+    """The decoding records of one phase, [] where there is no file. UserError names a bad file and field."""
+    if not path.exists():
+        return []
+    records = _read_json(path)
+    if not isinstance(records, list):
+        raise UserError(f"{path}: expected a list of records; move it away and decode again")
+    for number, record in enumerate(records, 1):
+        where = f"{path}: record {number}"
+        if not isinstance(record, dict):
+            raise UserError(f"{where} is not an object; move the file away and decode again")
+        for name, kind in RECORD_FIELDS.items():
+            value = record.get(name)
+            accepted = (int, float) if kind is float else kind
+            if not isinstance(value, accepted) or isinstance(value, bool):
+                raise UserError(f"{where}: {name} is {value!r}, not of type {kind.__name__}; decode again")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{where}: {name} is {value}; decode again")
+    return records
+
+
+def machine() -> Dict[str, Any]:
+    """Processor, cores this process may use, memory in GB. No host name: reports are published."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            cpu = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), cpu)
+    except OSError:
+        pass  # not Linux
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        memory_gb = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9)
+    except (ValueError, OSError):
+        memory_gb = None
+    return {"cpu": cpu, "cores": cores, "memory_gb": memory_gb}
+
+
+def _is_phase(folder: Path) -> bool:
+    # local/train.py --restart moves an earlier run to <phase>.old-<time>.
+    if not folder.is_dir() or ".old-" in folder.name:
+        return False
+    return (folder / "config.json").exists() or (folder / "metrics.json").exists()
+
+
+def _corpus_and_scale(folder: str, phases: List[Dict], records: List[Dict]) -> Tuple[str, str]:
+    """As the records or the configurations name them; from the folder's name where there are none."""
+    for known in [*records, *(p["config"] for p in phases if p["config"])]:
+        if isinstance(known.get("corpus"), str) and isinstance(known.get("scale"), str):
+            return known["corpus"], known["scale"]
+    corpus, _, scale = folder.rpartition("-")
+    return corpus, scale
+
+
+def _read_phase(folder: Path, missing: List[str]) -> Dict[str, Any]:
+    found: Dict[str, Any] = {"name": folder.name, "params_deployed": None}
+    for name in ("config", "meta"):
+        path = folder / f"{name}.json"
+        found[name] = _read_json(path) if path.exists() else None
+        if found[name] is None:
+            missing.append(f"{path.name} of phase {folder.name}")
+        elif not isinstance(found[name], dict):
+            raise UserError(f"{path}: expected an object")
+    parameters = (found["meta"] or {}).get("parameters")
+    if isinstance(parameters, dict):
+        found["params_deployed"] = parameters.get("deployed")
+    lines = read_jsonl(folder / "train_log.jsonl", ("kind", "step"))
+    found["training"] = _training(lines)
+    if not lines:
+        missing.append(f"the training log of phase {folder.name} (no train_log.jsonl)")
+    return found
+
+
+def _training(lines: List[Dict[str, Any]]) -> Optional[Dict[str, Any]]:
+    """What a training log says: its length, its speed, its best validation and its curves."""
+    train = [line for line in lines if line["kind"] == "train"]
+    valid = [line for line in lines if line["kind"] == "valid"]
+    if not train:
+        return None
+    audio_s = elapsed_s = 0.0
+    for line in train:
+        # A throughput is that of the window which its line closes, so it is weighted by the window's length.
+        window_s = max(line.get("elapsed_s", 0.0) - elapsed_s, 0.0)
+        audio_s += line.get("audio_s_per_s", 0.0) * window_s
+        elapsed_s += window_s
+    best = min((v for v in valid if "loss" in v), key=lambda v: v["loss"], default=None)
+    return {
+        "updates": train[-1]["step"],
+        "epochs": train[-1].get("epoch"),
+        "elapsed_s": elapsed_s,
+        "audio_s_per_s": audio_s / elapsed_s if elapsed_s else None,
+        "final_loss": train[-1].get("loss"),
+        "best_valid": best,
+        "train_curve": _thinned(train),
+        "valid_curve": _thinned(valid),
+    }
+
+
+def _thinned(lines: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    step = max(math.ceil(len(lines) / _MAX_CURVE_POINTS), 1)
+    # From the end, so that the last point is always there.
+    return lines[::-1][::step][::-1]
+
+
+def _read_stages(path: Path) -> List[Dict[str, Any]]:
+    """The last time of every stage: a stage that was run again replaces its earlier line."""
+    latest = {str(line["stage"]): line for line in read_jsonl(path, ("stage", "name", "seconds"))}
+    return [latest[stage] for stage in sorted(latest, key=lambda s: (len(s), s))]
+
+
+def _read_corpus(path: Optional[Path], phases: List[Dict[str, Any]]) -> Optional[Dict[str, Any]]:
+    if path is None:
+        # <data>/fbank and <data>/download/LibriSpeech/corpus.json have the same parent.
+        folders = [((p["config"] or {}).get("data") or {}).get("fbank_dir") for p in phases]
+        candidates = [Path(f).parent / "download" / "LibriSpeech" / "corpus.json" for f in folders if f]
+        path = next((c for c in candidates if c.exists()), None)
+    if path is None:
+        return None
+    summary = _read_json(Path(path))
+    if not isinstance(summary, dict) or not isinstance(summary.get("parts"), dict):
+        raise UserError(f"{path}: expected an object with parts")
+    return summary
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except ValueError as e:
+        raise UserError(f"{path} is not valid JSON ({e}); move it away and make it again") from None
+
+
+def read_jsonl(path: Path, needed: Tuple[str, ...]) -> List[Dict[str, Any]]:
+    """Objects of a JSON-lines file, [] where there is none; a last line cut short by a kill is left out.
+
+    Raises UserError naming file and line for anything else that is no object with the `needed` keys.
+    """
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    lines, objects = text.splitlines(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            if number == len(lines) and not text.endswith("\n"):
+                continue
+            raise UserError(f"{path}:{number} is not valid JSON; move the file away") from None
+        if not isinstance(value, dict) or any(key not in value for key in needed):
+            raise UserError(f"{path}:{number}: expected an object with {', '.join(needed)}")
+        objects.append(value)
+    return objects

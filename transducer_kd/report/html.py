@@ -1,0 +1,43 @@
+"""report.html: one page with tables and figures and nothing to load from anywhere."""
+
+from pathlib import Path
+from typing import Any, Dict, List
+
+import jinja2
+
+from transducer_kd.report import plots, tables
+
+_TEMPLATE = Path(__file__).with_name("template.html")
+
+
+def render(report: Dict[str, Any], made: str) -> str:
+    """The whole page. made: when and by which command, shown at its end."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    page = template.render(
+        report=report,
+        made=made,
+        warning=tables.SYNTHETIC_WARNING,
+        cards=_cards(report),
+        notes=tables.notes(report),
+        results=tables.results_rows(report),
+        details=tables.detail_rows(report),
+        training=tables.training_rows(report),
+        stages=tables.stage_rows(report),
+        total_minutes=tables.number(sum(s["seconds"] for s in report["stages"]) / 60, 1),
+        corpus=tables.corpus_rows(report),
+        provenance=tables.provenance_rows(report),
+        figures=plots.figures(report),
+    )
+    return page.lstrip()  # the macro before the doctype leaves a line
+
+
+def _cards(report: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """The few numbers that a reader wants first: one card per phase and mode with its greedy WERs."""
+    cards = []
+    for (phase, mode), by_set in tables.headline(report):
+        some = next(iter(by_set.values()))
+        rates = [(name, f"{r['wer']:.2f}") for name, r in by_set.items()]
+        about = f"{tables.millions(some['params_deployed'])}, {some['method']}"
+        cards.append({"label": f"{phase}, {mode}", "rates": rates, "about": about})
+    return cards

@@ -1,0 +1,197 @@
+"""Figures of a report as inline SVG.
+
+Text stays text (searchable, in the page's font) and takes the page's colours: lines and letters are drawn in
+marker colours that are replaced by CSS ones in the end, so that one picture serves a light and a dark page.
+"""
+
+import io
+import re
+from typing import Any, Dict, List, Sequence, Tuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+from transducer_kd.report import tables
+
+# Marker colours -> what the page draws.
+_INK, _FAINT = "#010203", "#040506"
+_CSS = {_INK: "currentColor", _FAINT: "var(--line)"}
+
+# Distinguishable with red-green blindness, and legible on white and on near-black.
+_COLOURS = ("#2f7ed8", "#e07b1f", "#1fa187", "#c2559d", "#8f8f2f", "#7a6fd0", "#b5523b", "#4f97a3")
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "transducer_kd",  # the same figure gives the same file
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "text.color": _INK,
+    "axes.edgecolor": _FAINT,
+    "axes.labelcolor": _INK,
+    "axes.titlecolor": _INK,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.6,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+}
+
+_SIZE_TEXT = (
+    "Greedy search, with 95 % intervals; deployed parameters. Models of one size are drawn side by side."
+)
+_METHOD_TEXT = "Points are word error rates, bars their 95 % intervals. Hollow: an oracle, which is a bound."
+_CURVE_TEXT = "Losses per encoder frame (40 ms). The WER is that of a few dev utterances, decoded greedily."
+
+
+def figures(report: Dict[str, Any]) -> List[Tuple[str, str, str]]:
+    """(title, SVG, what to see) of every figure that has data."""
+    found = []
+    with matplotlib.rc_context(_STYLE):
+        if report["records"]:
+            found.append(("Word error rate against size", _svg(wer_against_size(report)), _SIZE_TEXT))
+            found.append(("Word error rate by decoding method", _svg(wer_by_method(report)), _METHOD_TEXT))
+        for phase in report["phases"]:
+            if phase["training"]:
+                found.append((f"Learning curves: {phase['name']}", _svg(learning_curves(phase)), _CURVE_TEXT))
+        if report["stages"]:
+            found.append(("Time of each stage", _svg(stage_times(report)), ""))
+    return found
+
+
+def wer_against_size(report: Dict[str, Any]) -> Figure:
+    """One panel per test set, one point per phase and mode."""
+    systems, sets = tables.headline(report), tables.test_sets(report)
+    largest = max(r["params_deployed"] for r in report["records"]) / 1e6
+    figure, panels = _panels(len(sets), height=3.1)
+    for panel, name in zip(panels, sets):
+        sizes: List[float] = []
+        highest = 0.0
+        for who, by_set in systems:
+            if name not in by_set:
+                continue
+            r = by_set[name]
+            size = r["params_deployed"] / 1e6
+            # Models of one size stand beside each other: their intervals would hide one another.
+            x = size + 0.02 * largest * sizes.count(size)
+            sizes.append(size)
+            highest = max(highest, r["wer_high"])
+            below_above = [[max(r["wer"] - r["wer_low"], 0.0)], [max(r["wer_high"] - r["wer"], 0.0)]]
+            style = {**_point(report, *who), "capsize": 3, "label": ", ".join(who)}
+            panel.errorbar([x], [r["wer"]], yerr=below_above, **style)
+        # Both axes from zero: half the size, or half the errors, then looks like half.
+        panel.set(
+            xlim=(0, largest * 1.25), ylim=(0, highest * 1.1 or 1), title=name, xlabel="million parameters"
+        )
+    panels[0].set_ylabel("WER %")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def wer_by_method(report: Dict[str, Any]) -> Figure:
+    """One panel per test set, one line per phase, mode and method."""
+    systems, sets = tables.systems(report), tables.test_sets(report)
+    figure, panels = _panels(len(sets), height=0.9 + 0.26 * len(systems), share_y=True)
+    for panel, name in zip(panels, sets):
+        highest = 0.0
+        for y, ((phase, mode, method), by_set) in enumerate(systems):
+            if name not in by_set:
+                continue
+            r = by_set[name]
+            highest = max(highest, r["wer_high"])
+            style = _point(report, phase, mode)
+            panel.plot([r["wer_low"], r["wer_high"]], [y, y], color=style["color"], linewidth=2.2, alpha=0.45)
+            face = "none" if "oracle" in method else style["color"]
+            panel.plot([r["wer"]], [y], markerfacecolor=face, **style)
+        panel.set_yticks(range(len(systems)), _labels([who for who, _ in systems]))
+        panel.set(xlim=(0, highest * 1.08 or 1), ylim=(len(systems) - 0.5, -0.5), title=name, xlabel="WER %")
+    return figure
+
+
+def learning_curves(phase: Dict[str, Any]) -> Figure:
+    """Loss of training and validation, validation WER and speed, against updates."""
+    training = phase["training"]
+    figure, (losses, errors, speed) = _panels(3, height=2.6)
+    for i, (label, curve) in enumerate((("train", "train_curve"), ("dev", "valid_curve"))):
+        steps, values = _series(training[curve], "loss")
+        losses.plot(steps, values, color=_COLOURS[i], marker="o" if i else "", markersize=3, label=label)
+    _, values = _series(training["train_curve"], "loss")
+    if values and min(values) > 0 and max(values) > 8 * min(values):
+        losses.set_yscale("log")  # otherwise the start hides the end
+        losses.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        losses.yaxis.set_major_formatter("{x:g}")
+        losses.yaxis.set_minor_locator(NullLocator())
+    losses.legend(loc="upper right")
+    losses.set(title="loss", xlabel="updates")
+    steps, values = _series(training["valid_curve"], "wer")
+    errors.plot(steps, values, color=_COLOURS[1], marker="o", markersize=3)
+    errors.set(title="dev WER %", xlabel="updates", ylim=(0, max([*values, 1.0]) * 1.05))
+    steps, values = _series(training["train_curve"], "audio_s_per_s")
+    speed.plot(steps, values, color=_COLOURS[2])
+    speed.set(title="audio seconds per second", xlabel="updates", ylim=(0, max([*values, 1.0]) * 1.1))
+    for panel in (losses, errors, speed):
+        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+        panel.set_xlim(0, training["updates"] * 1.03)
+    return figure
+
+
+def stage_times(report: Dict[str, Any]) -> Figure:
+    """A bar per stage, with its time written beside it."""
+    stages = report["stages"]
+    figure, (panel,) = _panels(1, height=0.6 + 0.3 * len(stages))
+    seconds = [s["seconds"] for s in stages]
+    panel.barh(range(len(stages)), seconds, color=_COLOURS[0], height=0.6)
+    for y, s in enumerate(seconds):
+        text = f"{s:.1f} s" if s < 100 else f"{s / 60:.1f} min"
+        panel.annotate(text, (s, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    panel.set_yticks(range(len(stages)), [f"{s['stage']}  {s['name']}" for s in stages])
+    panel.grid(False, axis="y")
+    panel.set(xlim=(0, max([*seconds, 1e-9]) * 1.12), ylim=(len(stages) - 0.4, -0.6), xlabel="seconds")
+    return figure
+
+
+def _point(report: Dict[str, Any], phase: str, mode: str) -> Dict[str, Any]:
+    """How a system is drawn in all figures: a colour per phase, a shape per mode."""
+    names = [p["name"] for p in report["phases"]]
+    marker = "^" if mode == "streaming" else "o"
+    colour = _COLOURS[names.index(phase) % len(_COLOURS)]
+    return {"color": colour, "marker": marker, "markersize": 6, "linestyle": "none"}
+
+
+def _labels(systems: Sequence[Tuple[str, str, str]]) -> List[str]:
+    """What tells the systems apart: phase, mode and method, less what is the same for all."""
+    shown = [i for i in (0, 1) if len({who[i] for who in systems}) > 1] + [2]
+    return [", ".join(who[i] for i in shown) for who in systems]
+
+
+def _panels(count: int, height: float, share_y: bool = False) -> Tuple[Figure, Sequence[Axes]]:
+    figure = Figure(figsize=(9.2, height), layout="constrained")
+    return figure, figure.subplots(1, count, squeeze=False, sharey=share_y)[0]
+
+
+def _series(lines: List[Dict[str, Any]], name: str) -> Tuple[List[float], List[float]]:
+    points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), (int, float))]
+    return [p[0] for p in points], [p[1] for p in points]
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an <svg> element that grows with its place and takes the page's colours."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for marker, css in _CSS.items():
+        svg = svg.replace(marker, css)
+    opening = svg[: svg.index(">")]
+    return re.sub(r' (width|height)="[\d.]+pt"', "", opening) + svg[len(opening) :]
