@@ -20,7 +20,7 @@ class Joiner(nn.Module):
         for layer in (self.encoder_proj, self.decoder_proj, self.output_linear):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
-        # tanh shrinks what it passes on: without this the first logits are nearly flat and learning is slower.
+        # tanh shrinks what it passes on: without this the first logits are nearly flat and learning is slow.
         with torch.no_grad():
             self.output_linear.weight.mul_(2.0)
 

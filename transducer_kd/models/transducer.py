@@ -38,8 +38,8 @@ class Transducer(nn.Module):
         self.simple_am_proj = nn.Linear(encoder_dim, vocab_size)
         self.simple_lm_proj = nn.Linear(decoder_dim, vocab_size)
         self.ctc_output = nn.Linear(encoder_dim, vocab_size) if with_ctc else None
-        # Twice torch's default scale: timid logits here give uninformative pruning bounds, and the model starts
-        # to emit tokens much later.
+        # Twice torch's default scale: timid logits here give uninformative pruning bounds, and the model
+        # starts to emit tokens much later.
         for head in (self.simple_am_proj, self.simple_lm_proj, self.ctc_output):
             if head is not None:
                 nn.init.xavier_uniform_(head.weight)
