@@ -31,7 +31,7 @@ def get_args(argv=None) -> argparse.Namespace:
         "--scale",
         default="mini",
         choices=sorted(SCALES),
-        help="mini: 3.4 hours of speech, a minute on two cores; smoke: minutes of speech (default: mini)",
+        help="mini: 5 hours of speech, a minute on two cores; smoke: minutes of speech (default: mini)",
     )
     parser.add_argument(
         "--seed", type=int, default=1, help="another seed speaks other sentences (default: 1)"

@@ -54,13 +54,8 @@ def exp_dir(tmp_path):
     small = {"phase": "student", "params_deployed": 500_000}
     write_phase(root, "student", [record(wer=8.0, **small), record(test_set="test-other", **small)])
     write_phase(root, "teacher", [record(), record(test_set="test-other", method="beam", wer=9.0)])
-    write_lines(
-        root / "stages.jsonl",
-        [
-            {"stage": s, "name": n, "seconds": t}
-            for s, n, t in ((2, "teacher", 99.0), (0, "data", 5.0), (2, "teacher", 60.0))
-        ],
-    )
+    stages = [(2, "teacher", 99.0), (0, "data", 5.0), (2, "teacher", 60.0), (2, "teacher again", 3.0)]
+    write_lines(root / "stages.jsonl", [{"stage": s, "name": n, "seconds": t} for s, n, t in stages])
     return root
 
 
@@ -76,7 +71,7 @@ def test_collects_phases_by_size_and_the_newest_stage_times(exp_dir):
         ("student", 500_000),
     ]
     assert [r["phase"] for r in report["records"]] == ["teacher", "teacher", "student", "student"]
-    assert [(s["stage"], s["seconds"]) for s in report["stages"]] == [(0, 5.0), (2, 60.0)]
+    assert [(s["stage"], s["seconds"]) for s in report["stages"]] == [(0, 5.0), (2, 60.0), (2, 3.0)]
     assert report["missing"] == ["the description of the synthetic corpus (corpus.json)"]
 
 

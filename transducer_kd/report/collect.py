@@ -208,9 +208,13 @@ def _thinned(lines: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
 
 
 def _read_stages(path: Path) -> List[Dict[str, Any]]:
-    """The last time of every stage: a stage that was run again replaces its earlier line."""
-    latest = {str(line["stage"]): line for line in read_jsonl(path, ("stage", "name", "seconds"))}
-    return [latest[stage] for stage in sorted(latest, key=lambda s: (len(s), s))]
+    """The last time of every stage: a step that was run again replaces its earlier line.
+
+    One stage may have several steps (6: decoding, then the report), which differ by name.
+    """
+    lines = read_jsonl(path, ("stage", "name", "seconds"))
+    latest = {(str(line["stage"]), str(line["name"])): line for line in lines}
+    return sorted(latest.values(), key=lambda line: (len(str(line["stage"])), str(line["stage"])))
 
 
 def _read_corpus(path: Optional[Path], phases: List[Dict[str, Any]]) -> Optional[Dict[str, Any]]:
