@@ -95,14 +95,22 @@ class Validator:
 
 
 def load_model(
-    exp_dir: Path, epoch: int = 0, avg: int = 1, use_averaged_model: bool = False, device: str = "cpu"
+    exp_dir: Path,
+    epoch: int = 0,
+    avg: int = 1,
+    use_averaged_model: bool = False,
+    device: str = "cpu",
+    lang_dir: str = "",
 ) -> LoadedModel:
-    """Load a trained phase. epoch 0: the last; -1: best-valid. UserError names what is missing or does not fit."""
+    """Load a trained phase. epoch 0: the last; -1: best-valid. `lang_dir` replaces the one it was trained with, where
+    that has moved. UserError names what is missing or does not fit.
+    """
     exp_dir = Path(exp_dir)
     if not exp_dir.is_dir():
         raise UserError(f"there is no experiment folder {exp_dir}; train the phase first (run.sh --stage 2)")
     state, content, name = ckpt.select_weights(exp_dir, epoch, avg, use_averaged_model)
     config = cfg.from_dict(content["config"], str(exp_dir))
+    config.data.lang_dir = str(lang_dir) or config.data.lang_dir
     tokenizer = build_tokenizer(config.data)
     if tokenizer.sha256 != content["bpe_sha256"]:
         raise UserError(

@@ -154,6 +154,14 @@ def test_fp16_needs_a_gpu(tmp_path):
         toy_trainer(tmp_path, "train.precision=fp16")
 
 
+def test_bf16_on_a_cpu_trains_or_says_what_it_needs(tmp_path):
+    if torch.__version__.startswith("1."):
+        with pytest.raises(UserError, match="needs torch 2"):
+            toy_trainer(tmp_path, "train.precision=bf16")
+    else:
+        assert toy_trainer(tmp_path, "train.precision=bf16").run() is True
+
+
 KILLED_RUN = """
 import sys, time
 sys.path.insert(0, sys.argv[2])

@@ -80,6 +80,8 @@ class Trainer:
         self.autocast_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.options.precision)
         if self.options.precision == "fp16" and device.type != "cuda":
             raise UserError("train.precision=fp16 needs a CUDA device; use bf16 or fp32 on this one")
+        if self.options.precision == "bf16" and device.type == "cpu" and torch.__version__.startswith("1."):
+            raise UserError("train.precision=bf16 on a CPU needs torch 2 (--env modern); use fp32 with this torch")
         self.scaler = build_grad_scaler(self.options.precision == "fp16")
         self.progress, self.window = Progress(), MetricsWindow()
         self.average = ckpt.start_running_average(self.objective.model)
