@@ -20,9 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # Several processes compute, one thread each; more threads would only get into each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from transducer_kd.data.datamodule import SPEED_FACTORS  # noqa: E402
-from transducer_kd.data.features import BACKENDS  # noqa: E402
-from transducer_kd.data.store import StoreOptions, store_part  # noqa: E402
 from transducer_kd.log import UserError, run_main, setup_logging  # noqa: E402
 
 
@@ -38,7 +35,7 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         "--parts", nargs="+", metavar="PART", help="default: all parts in parts.json of the manifests"
     )
     parser.add_argument(
-        "--feature-backend", choices=BACKENDS, default="auto",
+        "--feature-backend", choices=("auto", "kaldifeat", "lhotse"), default="auto",
         help="auto: kaldifeat where it is installed, else lhotse; the same within 1e-3 (default: auto)",
     )  # fmt: skip
     parser.add_argument("--on-the-fly-feats", action="store_true", help="store cuts without features")
@@ -73,6 +70,10 @@ def all_parts(manifests_dir: Path) -> List[str]:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parse_arguments(argv)
     setup_logging()
+    # Imported late: --help and a mistyped option should answer at once.
+    from transducer_kd.data.datamodule import SPEED_FACTORS
+    from transducer_kd.data.store import StoreOptions, store_part
+
     parts = args.parts or all_parts(args.manifests_dir)
     jobs = [(part, 1.0) for part in parts]
     if not args.on_the_fly_feats:

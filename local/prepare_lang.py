@@ -17,10 +17,6 @@ from typing import Iterator, List, Optional, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lhotse import SupervisionSet  # noqa: E402
-
-from transducer_kd.data.tokenizer import Tokenizer, train_bpe  # noqa: E402
-from transducer_kd.data.validate import normalize_text  # noqa: E402
 from transducer_kd.log import UserError, run_main, setup_logging, write_json  # noqa: E402
 
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
@@ -52,6 +48,10 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def read_texts(args: argparse.Namespace) -> Iterator[str]:
     """Transcripts of all sources, normalised as the manifests are."""
+    from lhotse import SupervisionSet  # late: --help and a mistyped option should answer at once
+
+    from transducer_kd.data.validate import normalize_text
+
     for part in args.parts:
         if args.manifests_dir is None:
             raise UserError("--parts needs --manifests-dir")
@@ -72,6 +72,8 @@ def read_texts(args: argparse.Namespace) -> Iterator[str]:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parse_arguments(argv)
     setup_logging()
+    from transducer_kd.data.tokenizer import Tokenizer, train_bpe
+
     if not (args.parts or args.text or args.kaldi_text):
         raise UserError("nothing to learn from: pass --manifests-dir with --parts, --text or --kaldi-text")
     texts: List[str] = list(read_texts(args))

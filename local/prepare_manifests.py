@@ -26,8 +26,7 @@ from typing import Callable, Dict, List, Optional, Sequence, Tuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from transducer_kd.data import corpora  # noqa: E402
-from transducer_kd.data.validate import CheckOptions, build_manifests, fingerprint, save_manifest  # noqa: E402
-from transducer_kd.log import UserError, atomic_write, run_main, setup_logging, write_json  # noqa: E402
+from transducer_kd.log import UserError, run_main, setup_logging, write_json  # noqa: E402
 
 Reader = Callable[[str], List[corpora.Utterance]]
 
@@ -150,60 +149,23 @@ def part_sources(items: Sequence[str]) -> Dict[str, Path]:
     return sources
 
 
-def prepare_part(
-    args: argparse.Namespace, part: str, text_optional: bool, utterances: List[corpora.Utterance]
-) -> None:
-    """Check one part and write its manifests, then the mark that says from what."""
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    args = parse_arguments(argv)
+    setup_logging()
+    from transducer_kd.data.validate import CheckOptions, prepare_part  # late: --help answers at once
+
+    read, parts = choose_source(args)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     options = CheckOptions(
         resample=args.resample,
         channel=args.channel,
         text_norm=args.text_norm,
-        text_optional=text_optional,
         decode=args.check_audio == "full",
-        num_jobs=args.num_jobs,
+        num_jobs=max(1, args.num_jobs),
     )
-    paths = {kind: args.output_dir / f"{kind}_{part}.jsonl.gz" for kind in ("recordings", "supervisions")}
-    mark = args.output_dir / f".input_{part}"
-    state = fingerprint(utterances, options)
-    if all(path.exists() for path in paths.values()) and mark.exists() and mark.read_text() == state:
-        logging.info("%s: manifests are up to date", part)
-        return
-    recordings, supervisions, problems = build_manifests(utterances, options)
-    report_problems(args, part, problems)
-    if not supervisions:
-        raise UserError(f"part {part}: none of its {len(utterances)} utterances is usable")
-    save_manifest(recordings, paths["recordings"])
-    save_manifest(supervisions, paths["supervisions"])
-    with atomic_write(mark) as f:
-        f.write(state)
-    hours = sum(s.duration for s in supervisions) / 3600
-    speakers = len({s.speaker for s in supervisions})
-    logging.info("%s: %d utterances, %d speakers, %.2f h", part, len(supervisions), speakers, hours)
-
-
-def report_problems(args: argparse.Namespace, part: str, problems: Sequence) -> None:
-    """List the faults in a file; stop, or count and name them."""
-    path = args.output_dir / f"problems_{part}.txt"
-    if not problems:
-        path.unlink(missing_ok=True)
-        return
-    with atomic_write(path) as f:
-        f.writelines(problem.message + "\n" for problem in problems)
-    more = f" ({len(problems) - 1} more faulty utterances in {path})" if len(problems) > 1 else ""
-    if args.bad_audio == "error":
-        raise UserError(f"part {part}, {problems[0].message}. Or leave it out with --bad-audio skip{more}")
-    for problem in problems[:10]:
-        logging.warning("part %s, left out: %s", part, problem.message)
-    logging.warning("part %s: left out %d faulty utterances, all listed in %s", part, len(problems), path)
-
-
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    args = parse_arguments(argv)
-    setup_logging()
-    read, parts = choose_source(args)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     for part in parts.all():
-        prepare_part(args, part, part in parts.unlabelled, read(part))
+        part_options = dataclasses.replace(options, text_optional=part in parts.unlabelled)
+        prepare_part(args.output_dir, part, read(part), part_options, skip_bad=args.bad_audio == "skip")
     write_json(args.output_dir / "parts.json", dataclasses.asdict(parts))
     logging.info("parts: %s", json.dumps(dataclasses.asdict(parts)))
     return 0

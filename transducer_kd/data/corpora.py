@@ -11,10 +11,7 @@ import logging
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
-
-from lhotse import CutSet, Recording, RecordingSet, SupervisionSet
-from lhotse.recipes import download_librispeech
+from typing import Any, Dict, List, Optional, Sequence
 
 from transducer_kd.log import UserError, check_disk_space
 
@@ -31,7 +28,7 @@ class Utterance:
     start_s: float = 0.0
     duration_s: Optional[float] = None  # None: to the end of the audio
     channel: Optional[int] = None  # None: the only one
-    recording: Optional[Recording] = None  # from ready manifests, which know more than a path
+    recording: Optional[Any] = None  # lhotse Recording, from ready manifests, which know more than a path
 
 
 @dataclass
@@ -189,6 +186,8 @@ def read_kaldi_dir(folder: Path) -> List[Utterance]:
 
 def read_manifests(folder: Path, part: str) -> List[Utterance]:
     """lhotse's `*recordings_<part>.jsonl[.gz]` with `*supervisions_<part>`, or `*cuts_<part>`."""
+    from lhotse import CutSet, RecordingSet, SupervisionSet  # late: --help should not wait for it
+
     folder = Path(folder)
     try:
         cuts = _manifest_file(folder, "cuts", part)
@@ -252,6 +251,8 @@ def download(corpus: str, parts: Sequence[str], download_dir: Path) -> Path:
         address = (
             f"https://www.openslr.org/resources/{31 if corpus == 'mini_librispeech' else 12}/{part}.tar.gz"
         )
+        from lhotse.recipes import download_librispeech
+
         previous = socket.getdefaulttimeout()
         socket.setdefaulttimeout(60)
         try:

@@ -1,12 +1,12 @@
-"""From a list of cuts to a Batch: features read from disk or computed on the fly, noise mixed in, texts
-tokenised.
+"""From cuts to a Batch: features read from disk or computed on the fly, noise mixed in, texts tokenised.
 
 T feature frames, C mel bins, S samples.
 """
 
 import math
 import random
-from typing import Any, List, Optional, Sequence, Tuple, Union
+from pathlib import Path
+from typing import List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -29,9 +29,7 @@ def cut_text(cut: Cut) -> str:
 
 
 class NoiseMixer:
-    """Adds a piece of a random noise recording to a share of the utterances, at a random signal-to-noise
-    ratio.
-    """
+    """Adds a piece of a random noise to a share of the utterances, at a random signal-to-noise ratio."""
 
     def __init__(self, noises: Sequence[Cut], prob: float, snr_db: Sequence[float]):
         self.noises, self.prob, self.snr_db = noises, prob, snr_db
@@ -50,9 +48,7 @@ class NoiseMixer:
 
 
 def mix_at_snr(speech: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
-    """speech + gain * noise, both (S,), with the gain that makes their power ratio `snr_db`. Silence is left
-    alone.
-    """
+    """speech + gain * noise, both (S,), in the power ratio `snr_db`. Silence is left alone."""
     speech_power, noise_power = float(np.mean(speech**2)), float(np.mean(noise**2))
     if speech_power <= 0.0 or noise_power <= 0.0:
         return speech
@@ -67,16 +63,14 @@ def load_audio(cut: Cut) -> np.ndarray:
     except Exception as e:  # lhotse and libsndfile raise many kinds
         source = cut.recording.sources[0].source if cut.has_recording else "no recording"
         raise UserError(
-            f"cut {cut.id}: cannot read its audio {source} ({_one_line(e)}); mend the file, or leave it out "
-            f"with "
-            "local/prepare_manifests.py --bad-audio skip"
+            f"cut {cut.id}: cannot read its audio {source} ({_first_line(e)}); mend the file, or leave it "
+            "out with local/prepare_manifests.py --bad-audio skip"
         ) from None
     return np.asarray(samples, dtype=np.float32).reshape(-1)
 
 
 class CutDataset(torch.utils.data.Dataset):
-    """Map-style: an item is (index of the batch, its cuts), the answer is a Batch, or the UserError that
-    stopped it.
+    """Map-style: from (index of the batch, its cuts) to a Batch, or to the UserError that stopped it.
 
     The error travels as a value because DataLoader would wrap one raised in a worker into a page of
     traceback. Noise depends on (seed_text, index) alone, so any number of workers gives the same batches.
@@ -114,13 +108,11 @@ def load_features(cut: Cut) -> np.ndarray:
     """Stored features (T,C) float32 of a cut. UserError naming the cut when they cannot be read."""
     try:
         return cut.load_features()
-    except UserError as e:
-        raise UserError(f"cut {cut.id}: {e}") from None
-    except Exception as e:  # other storage types of ready-made manifests
+    except Exception as e:  # other storage types of ready-made manifests have other ones
+        where = cut.features.storage_path
         raise UserError(
-            f"cut {cut.id}: cannot read its features in {cut.features.storage_path} ({_one_line(e)}); "
-            f"compute them "
-            "again with local/compute_fbank.py"
+            f"cut {cut.id}: cannot read its features in {where} ({_first_line(e)}); delete "
+            f"{Path(where).parent} and run local/compute_fbank.py again"
         ) from None
 
 
@@ -139,6 +131,6 @@ def batches_by_duration(cuts: Sequence[Cut], max_duration_s: float, seed_text: s
     return batches
 
 
-def _one_line(error: Any) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}"
+def _first_line(error: Exception) -> str:
+    # lhotse appends a dump of its objects to the message of what it catches.
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:300]

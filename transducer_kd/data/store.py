@@ -37,7 +37,7 @@ class StoreOptions:
     with_features: bool = True
     speed: float = 1.0
     num_jobs: int = 1
-    cuts_per_shard: int = 400
+    cuts_per_shard: int = 200
     skip_bad: bool = False
 
 

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import re
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from lhotse.audio import AudioSource
 
 from transducer_kd.data.corpora import Utterance
 from transducer_kd.data.features import SAMPLING_RATE
-from transducer_kd.log import atomic_write, progress
+from transducer_kd.log import UserError, atomic_write, progress
 
 MIN_UTTERANCE_S = 0.1  # the encoder needs 7 feature frames for one of its own
 OVERHANG_S = 0.1  # a segment may end this much after its audio and is shortened; more is a fault
@@ -31,11 +32,13 @@ _STREAMED_WAV_BYTES = 0x7FFFF000  # writers that do not know the length put abou
 
 @dataclass
 class CheckOptions:
-    """resample: accept other sampling rates than 16 kHz.  channel: which one of several to take (None:
-    refuse).
-    text_norm: upper (LibriSpeech style) or none.  text_optional: an empty transcript is no fault.
-    decode: decode all audio, which alone finds damage inside a FLAC file (4,000 audio seconds a second per
-    core).
+    """What to accept.
+
+    resample       other sampling rates than 16 kHz
+    channel        which one of several to take; None: several are a fault
+    text_norm      upper (LibriSpeech style) or none
+    text_optional  an empty transcript is no fault
+    decode         decode all audio, which alone finds damage inside FLAC (4,000 audio seconds a second per core)
     """
 
     resample: bool = False
@@ -95,16 +98,13 @@ def _decoding_fault(path: Path, expected: int) -> str:
                     return "holds samples that are not finite; convert it again"
     except (RuntimeError, OSError):
         pass
-    return (
-        ""
-        if decoded == expected
-        else f"is truncated or damaged: {decoded} of {expected} samples decode; copy it again"
-    )
+    if decoded == expected:
+        return ""
+    return f"is truncated or damaged: {decoded} of {expected} samples decode; copy it again"
 
 
 def normalize_text(text: str, style: str) -> str:
-    """LibriSpeech style (upper): upper case, letters, digits and apostrophes, single spaces. none: spaces
-    only.
+    """LibriSpeech style (upper): upper case; letters, digits, apostrophes, single spaces. none: spaces only.
 
     >>> normalize_text("It’s twenty-one, please!", "upper")
     "IT'S TWENTY ONE PLEASE"
@@ -112,15 +112,55 @@ def normalize_text(text: str, style: str) -> str:
     if style == "upper":
         text = unicodedata.normalize("NFKC", text).replace("\u2019", "'").upper()
         text = "".join(c if c == "'" or unicodedata.category(c)[0] in "LMN" else " " for c in text)
-    return " ".join(word for word in text.split() if word.strip("'"))
+        text = " ".join(word for word in text.split() if word.strip("'"))
+    return " ".join(text.split())
+
+
+def prepare_part(
+    output_dir: Path, part: str, utterances: Sequence[Utterance], options: CheckOptions, skip_bad: bool
+) -> None:
+    """Check one part and write its manifests, unless they are up to date.
+
+    Faults are listed in `problems_<part>.txt`. Raises UserError for the first one, or with `skip_bad` leaves
+    the utterances out, counts them and names them in the log.
+    """
+    paths = {kind: output_dir / f"{kind}_{part}.jsonl.gz" for kind in ("recordings", "supervisions")}
+    mark = output_dir / f".input_{part}"
+    state = fingerprint(utterances, options)
+    if all(path.exists() for path in paths.values()) and mark.exists() and mark.read_text() == state:
+        logging.info("%s: manifests are up to date", part)
+        return
+    recordings, supervisions, problems = build_manifests(utterances, options)
+    _report(output_dir / f"problems_{part}.txt", part, problems, skip_bad)
+    if not supervisions:
+        raise UserError(f"part {part}: none of its {len(utterances)} utterances is usable")
+    save_manifest(recordings, paths["recordings"])
+    save_manifest(supervisions, paths["supervisions"])
+    with atomic_write(mark) as f:
+        f.write(state)
+    hours = sum(s.duration for s in supervisions) / 3600
+    speakers = len({s.speaker for s in supervisions})
+    logging.info("%s: %d utterances, %d speakers, %.2f h", part, len(supervisions), speakers, hours)
+
+
+def _report(path: Path, part: str, problems: Sequence[Problem], skip_bad: bool) -> None:
+    if not problems:
+        path.unlink(missing_ok=True)
+        return
+    with atomic_write(path) as f:
+        f.writelines(problem.message + "\n" for problem in problems)
+    if not skip_bad:
+        more = f" ({len(problems) - 1} more faulty utterances in {path})" if len(problems) > 1 else ""
+        raise UserError(f"part {part}, {problems[0].message}. Or leave it out with --bad-audio skip{more}")
+    for problem in problems[:10]:
+        logging.warning("part %s, left out: %s", part, problem.message)
+    logging.warning("part %s: left out %d faulty utterances, all listed in %s", part, len(problems), path)
 
 
 def build_manifests(
     utterances: Sequence[Utterance], options: CheckOptions
 ) -> Tuple[List[Recording], List[SupervisionSegment], List[Problem]]:
-    """Check every utterance -> recordings, supervisions (in the order given) and the problems of those left
-    out.
-    """
+    """Check every utterance -> recordings, supervisions (in the order given), problems of those left out."""
     infos = _inspect_all(utterances, options)
     recordings: Dict[str, Recording] = {}
     segments: Dict[str, SupervisionSegment] = {}

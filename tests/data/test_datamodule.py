@@ -1,0 +1,233 @@
+"""What a training run relies on: every cut once an epoch, the same batches whatever happens, nothing lost
+silently.
+"""
+
+import collections
+import dataclasses
+import itertools
+import logging
+
+import numpy as np
+import pytest
+import torch
+from lhotse import CutSet
+
+from transducer_kd.config import DataConfig
+from transducer_kd.data import dataset as dataset_module
+from transducer_kd.data.datamodule import DataModule, duration_bins, load_cuts
+from transducer_kd.data.dataset import mix_at_snr
+from transducer_kd.data.tokenizer import Tokenizer
+from transducer_kd.data.validate import save_manifest
+from transducer_kd.log import UserError
+
+
+def encoder_lens(frames: int) -> int:
+    return ((frames - 1) // 2 - 1) // 2
+
+
+@pytest.fixture
+def build(prepared):
+    def make(world_size=1, rank=0, lens=encoder_lens, **settings):
+        config = DataConfig(fbank_dir=str(prepared.fbank), lang_dir=str(prepared.lang), max_duration_s=12.0)
+        config = dataclasses.replace(config, **settings)
+        return DataModule(config, Tokenizer(prepared.lang), lens, world_size, rank)
+
+    return make
+
+
+def ids_of(batches):
+    return [cut_id for batch in batches for cut_id in batch.cut_ids]
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected):
+        assert a.cut_ids == b.cut_ids and a.texts == b.texts
+        for name in ("features", "feature_lens", "y", "y_lens"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+def test_an_epoch_holds_every_cut_once_and_epochs_differ(build):
+    data = build()
+    epochs = [list(data.train_batches(epoch)) for epoch in (1, 2, 3)]
+    for batches in epochs:
+        assert len(set(ids_of(batches))) == len(ids_of(batches)) == 48
+    compositions = [{frozenset(batch.cut_ids) for batch in batches} for batches in epochs]
+    assert len(compositions[0] & compositions[1]) <= len(epochs[0]) // 3
+    assert compositions[1] != compositions[2]
+
+
+@pytest.mark.parametrize("max_duration_s, num_buckets", [(3.5, 15), (12.0, 1), (12.0, 4), (500.0, 30)])
+def test_no_cut_is_lost_whatever_the_batch_size(build, max_duration_s, num_buckets):
+    data = build(max_duration_s=max_duration_s, num_buckets=num_buckets)
+    for epoch in range(1, 6):
+        batches = list(data.train_batches(epoch))
+        assert sorted(ids_of(batches)) == sorted(c.id for c in load_cuts_of(data))
+        # lhotse closes a batch when one more of the longest so far would not fit; the last may be a little
+        # longer.
+        assert all(batch.audio_s <= 1.25 * max_duration_s for batch in batches)
+
+
+def load_cuts_of(data):
+    return data._load_train()
+
+
+def test_batches_carry_the_stored_features_and_the_tokens(build, prepared):
+    cuts = {cut.id: cut for cut in load_cuts(prepared.fbank, "train")}
+    tokenizer = Tokenizer(prepared.lang)
+    for batch in build().train_batches(1):
+        for i, cut_id in enumerate(batch.cut_ids):
+            length = int(batch.feature_lens[i])
+            np.testing.assert_array_equal(batch.features[i, :length].numpy(), cuts[cut_id].load_features())
+            assert batch.texts[i] == cuts[cut_id].supervisions[0].text
+            assert batch.y[i, : batch.y_lens[i]].tolist() == tokenizer.encode([batch.texts[i]])[0]
+
+
+def test_a_run_that_resumes_gets_the_rest_of_the_epoch_exactly(build):
+    expected = list(build().train_batches(4))
+    for start in (0, 1, len(expected) // 2, len(expected) - 1, len(expected)):
+        assert_same(list(build().train_batches(4, start)), expected[start:])
+
+
+def test_skipping_reads_no_features(build, monkeypatch):
+    reads = []
+    original = dataset_module.load_features
+    monkeypatch.setattr(dataset_module, "load_features", lambda cut: reads.append(cut.id) or original(cut))
+    batch = next(build().train_batches(1, 5))
+    assert reads == batch.cut_ids
+
+
+@pytest.mark.parametrize("on_the_fly", [False, True])
+def test_workers_change_nothing(build, prepared, on_the_fly):
+    settings = {}
+    if on_the_fly:
+        noises = str(prepared.fbank / "cuts_dev.jsonl.gz")
+        settings = dict(on_the_fly_feats=True, musan_cuts=noises, musan_prob=0.7, speed_perturb=True)
+    expected = list(itertools.islice(build(**settings).train_batches(2), 6))
+    for workers in (1, 2):
+        found = list(itertools.islice(build(num_workers=workers, **settings).train_batches(2), 6))
+        assert_same(found, expected)
+
+
+def test_features_on_the_fly_equal_the_stored_ones(build):
+    stored, computed = list(build().train_batches(1)), list(build(on_the_fly_feats=True).train_batches(1))
+    for a, b in zip(stored, computed):
+        assert a.cut_ids == b.cut_ids
+        assert (a.features - b.features).abs().max() <= 0.005  # half precision
+
+
+def test_noise_is_a_function_of_seed_epoch_and_batch(build, prepared):
+    settings = dict(
+        on_the_fly_feats=True, musan_cuts=str(prepared.fbank / "cuts_dev.jsonl.gz"), musan_prob=1.0
+    )
+    first = list(build(**settings).train_batches(3))
+    assert_same(list(build(**settings).train_batches(3, 2)), first[2:])
+    clean = list(build(on_the_fly_feats=True).train_batches(3))
+    assert all((a.features - b.features).abs().max() > 0.1 for a, b in zip(first, clean))
+
+
+def test_mixing_gives_the_asked_for_ratio():
+    rng = np.random.default_rng(0)
+    speech, noise = rng.standard_normal(16000), 7 * rng.standard_normal(16000)
+    added = mix_at_snr(speech, noise, 13.0) - speech
+    assert 10 * np.log10(np.mean(speech**2) / np.mean(added**2)) == pytest.approx(13.0, abs=1e-3)
+    silence = np.zeros(100)
+    np.testing.assert_array_equal(mix_at_snr(silence, noise[:100], 10.0), silence)
+
+
+def test_speed_copies_triple_the_epoch(build):
+    ids = ids_of(build(on_the_fly_feats=True, speed_perturb=True).train_batches(1))
+    assert len(ids) == len(set(ids)) == 3 * 48
+    assert collections.Counter(i.partition("_sp")[2] for i in ids) == {"": 48, "0.9": 48, "1.1": 48}
+
+
+def test_ranks_share_an_epoch_and_finish_together(build):
+    shares = [list(build(world_size=2, rank=rank).train_batches(1)) for rank in (0, 1)]
+    assert len(shares[0]) == len(shares[1])
+    ids = [{i.partition("_dup")[0] for i in ids_of(share)} for share in shares]
+    assert ids[0] | ids[1] == {c.id for c in load_cuts_of(build())}
+    assert len(ids[0] & ids[1]) <= 1  # a last batch may have to be shared out
+    resumed = list(build(world_size=2, rank=1).train_batches(1, 3))
+    assert_same(resumed, shares[1][3:])
+
+
+def test_validation_and_test_hold_every_cut_once_in_a_fixed_order(build):
+    for draw in (lambda d: d.valid_batches(), lambda d: d.test_batches("test", 8.0)):
+        first, again = list(draw(build())), list(draw(build(num_workers=1)))
+        assert_same(again, first)
+        assert len(ids_of(first)) == len(set(ids_of(first))) == 10
+    for batch in build().test_batches("test", 8.0):
+        assert len(batch.cut_ids) * int(batch.feature_lens.max()) * 0.01 <= 8.01
+    # The first utterances of a validation are looked at: they should not all be of one length.
+    lengths = [int(n) for batch in build(max_duration_s=4.0).valid_batches() for n in batch.feature_lens]
+    assert lengths != sorted(lengths) and lengths != sorted(lengths, reverse=True)
+
+
+def test_every_rank_validates_on_the_whole_part(build):
+    assert len(ids_of(build(world_size=2, rank=0).valid_batches())) == 10
+
+
+def test_what_cannot_be_trained_on_is_counted_and_named(build, prepared, caplog):
+    cuts = load_cuts(prepared.fbank, "train")
+    durations = sorted(c.duration for c in cuts)
+    with caplog.at_level(logging.INFO):
+        # A much coarser encoder: long transcripts no longer fit.
+        data = build(lens=lambda frames: frames // 16, min_cut_s=durations[3], max_cut_s=durations[-3])
+        kept = set(ids_of(data.train_batches(1)))
+    tokenizer = data.tokenizer
+    dropped = data.dropped["train"]
+    assert sorted(len(ids) for reason, ids in dropped.items() if "cut_s" in reason) == [2, 3]
+    (too_dense,) = [ids for reason, ids in dropped.items() if "T' < U" in reason]
+    assert too_dense
+    for cut in cuts:
+        fits = cut.num_frames // 16 >= len(tokenizer.encode([cut.supervisions[0].text])[0])
+        assert (cut.id in kept) == (fits and durations[3] <= cut.duration <= durations[-3])
+    text = caplog.text
+    assert (
+        f"dropped {len(too_dense)} cuts" in text
+        and too_dense[0] in text
+        and f"{len(kept)} of 48 cuts" in text
+    )
+
+
+def test_text_that_the_tokens_do_not_cover_is_pointed_out(build, prepared, tmp_path, caplog):
+    cuts = load_cuts(prepared.fbank, "train")
+    for cut in cuts[:20]:
+        cut.supervisions[0].text = "ÑÑÑ ŁŁ"
+    save_manifest(cuts, tmp_path / "cuts_train.jsonl.gz")
+    next(build(fbank_dir=str(tmp_path)).train_batches(1))
+    assert "<unk>" in caplog.text and cuts[0].id in caplog.text
+
+
+def test_several_training_parts_are_one_epoch(build):
+    ids = ids_of(build(train_parts=["train", "dev"]).train_batches(1))
+    assert len(ids) == len(set(ids)) == 58
+
+
+def test_one_cut_and_none(build, prepared, tmp_path):
+    cuts = load_cuts(prepared.fbank, "train")
+    save_manifest(cuts[:1], tmp_path / "cuts_train.jsonl.gz")
+    assert ids_of(build(fbank_dir=str(tmp_path)).train_batches(1)) == [cuts[0].id]
+    assert list(build(max_cut_s=0.5).train_batches(1)) == []
+
+
+def test_bins_split_the_total_duration_evenly(prepared):
+    cuts = load_cuts(prepared.fbank, "train")
+    limits = duration_bins(cuts, 4)
+    assert len(limits) == 3 and limits == sorted(set(limits))
+    edges = [0.0, *limits, 100.0]
+    sums = [sum(c.duration for c in cuts if a <= c.duration < b) for a, b in zip(edges, edges[1:])]
+    assert max(sums) < 1.3 * min(sums)
+
+
+def test_cuts_of_a_moved_folder_still_find_their_features(prepared, tmp_path):
+    moved = tmp_path / "elsewhere"
+    moved.symlink_to(prepared.fbank)
+    cut = load_cuts(moved, "dev")[0]
+    assert cut.features.storage_path.startswith(str(moved)) and cut.load_features().shape[1] == 80
+    assert len(CutSet.from_file(prepared.fbank / "cuts_dev.jsonl.gz")) == 10
+
+
+def test_noise_without_audio_to_mix_it_into_is_refused(build, prepared):
+    with pytest.raises(UserError, match="on_the_fly_feats"):
+        build(musan_cuts=str(prepared.fbank / "cuts_dev.jsonl.gz"))
