@@ -87,8 +87,7 @@ def choose_source(args: argparse.Namespace) -> Tuple[Reader, corpora.PartNames]:
         named = ", ".join("--" + n.replace("_", "-") for n in given) or "none"
         raise UserError(
             "name one source: --corpus-dir, --csv, --kaldi-dir, --manifest-dir, or --corpus with "
-            "--download-dir "
-            f"(given: {named})"
+            f"--download-dir (given: {named})"
         )
     if args.csv or args.kaldi_dir:
         sources = part_sources(args.csv or args.kaldi_dir)
@@ -133,8 +132,7 @@ def choose_parts(
     if not parts.all():
         raise UserError(
             f"cannot tell what these parts are for: {', '.join(found)}; say so with --train-parts, "
-            f"--dev-parts, "
-            "--test-parts"
+            "--dev-parts and --test-parts"
         )
     return parts
 

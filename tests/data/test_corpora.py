@@ -6,7 +6,8 @@ import shutil
 import numpy as np
 import pytest
 import soundfile
-from lhotse import CutSet, RecordingSet, SupervisionSet
+from lhotse import CutSet, Recording, RecordingSet, SupervisionSegment, SupervisionSet
+from lhotse.audio import AudioSource
 
 from transducer_kd.data import corpora
 from transducer_kd.data.store import read_part
@@ -104,6 +105,20 @@ def test_lhotse_manifests_and_cuts(prepared, tmp_path, run_program):
     )  # fmt: skip
     assert outcome.status == 0, outcome.lines
     assert rows_of(tmp_path / "m", "a") == rows_of(tmp_path / "m", "b") == expected
+
+
+def test_relative_paths_of_ready_manifests_do_not_depend_on_the_folder(tmp_path, run_program, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", np.full(16000, 0.1, np.float32), 16000)
+    recording = Recording("a", [AudioSource("file", [0], "a.wav")], 16000, 16000, 1.0)
+    RecordingSet.from_recordings([recording]).to_file(tmp_path / "recordings_x.jsonl.gz")
+    segment = SupervisionSegment("a", "a", 0.0, 1.0, text="HI", speaker="s")
+    SupervisionSet.from_segments([segment]).to_file(tmp_path / "supervisions_x.jsonl.gz")
+    monkeypatch.chdir(tmp_path)
+    options = ("--manifest-dir", ".", "--train-parts", "x", "--output-dir", "m")
+    outcome = run_program("prepare_manifests", *options)
+    assert outcome.status == 0, outcome.lines
+    monkeypatch.chdir("/")
+    assert read_part(tmp_path / "m", "x")[0].load_audio().shape == (1, 16000)
 
 
 def test_unchanged_parts_are_left_alone_and_changed_ones_are_not(prepared, tmp_path, run_program):

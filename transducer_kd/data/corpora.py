@@ -1,5 +1,4 @@
-"""Where speech comes from: LibriSpeech-layout folders, CSV files, Kaldi data folders, lhotse manifests,
-downloads.
+"""Where speech comes from: LibriSpeech-layout folders, CSV, Kaldi data folders, lhotse manifests, downloads.
 
 Every reader answers with a list of Utterance; data/validate.py looks at the audio and makes lhotse manifests
 of them. Readers raise UserError for what makes a whole part unreadable (a missing folder, a CSV without its
@@ -63,9 +62,7 @@ _DOWNLOAD_GB = {
 
 
 def find_parts(corpus_dir: Path) -> List[str]:
-    """Names of the folders of a LibriSpeech-layout corpus that hold transcripts. UserError when there is
-    none.
-    """
+    """Folders of a LibriSpeech-layout corpus that hold transcripts. UserError when there is none."""
     corpus_dir = Path(corpus_dir)
     if not corpus_dir.is_dir():
         raise UserError(f"there is no folder {corpus_dir}")
@@ -73,8 +70,7 @@ def find_parts(corpus_dir: Path) -> List[str]:
     if not parts:
         raise UserError(
             f"{corpus_dir} has no part in LibriSpeech layout; expected "
-            f"<part>/<speaker>/<chapter>/*.trans.txt with the "
-            "audio beside it"
+            "<part>/<speaker>/<chapter>/*.trans.txt with the audio beside it"
         )
     return parts
 
@@ -118,10 +114,10 @@ def read_librispeech_part(corpus_dir: Path, part: str) -> List[Utterance]:
 
 
 def read_csv(path: Path) -> List[Utterance]:
-    """A CSV with a header naming the columns path, text, speaker and, where wanted, id. Paths are relative to
-    the CSV.
+    """A CSV with a header that names the columns path, text, speaker and, where wanted, id.
 
-    Without an id column the utterance is called by its file's name. An empty speaker counts as its own.
+    Paths are relative to the CSV. Without an id column the utterance is called by its file's name. An empty
+    speaker counts as one of its own.
     """
     path = Path(path)
     utterances = []
@@ -156,9 +152,8 @@ def read_kaldi_dir(folder: Path) -> List[Utterance]:
     for name, source in recordings.items():
         if source.endswith("|"):
             raise UserError(
-                f"{folder / 'wav.scp'}: recording {name} is a command ({source[:60]}); write its output to "
-                f"a file "
-                "first (Kaldi: wav-copy scp:wav.scp ark,scp:... or the command itself) and name that"
+                f"{folder / 'wav.scp'}: recording {name} is a command ({source[:60]}); run it once, keep its "
+                "output as a file, and name that"
             )
     texts = _kaldi_table(folder / "text")
     speakers = _kaldi_table(folder / "utt2spk") if (folder / "utt2spk").exists() else {}
@@ -176,7 +171,7 @@ def read_kaldi_dir(folder: Path) -> List[Utterance]:
         except (ValueError, KeyError):
             raise UserError(
                 f"{segments}: bad line '{' '.join(row)}'; expected: UTT RECORDING START END, the recording "
-                f"in wav.scp"
+                "in wav.scp"
             ) from None
         duration_s = None if end_s == -1 else end_s - start_s
         text, speaker = texts.get(name, ""), speakers.get(name, name)
@@ -213,9 +208,10 @@ def read_manifests(folder: Path, part: str) -> List[Utterance]:
         if recording is None:
             raise UserError(
                 f"part {part} in {folder}: supervision {segment.id} names recording {segment.recording_id}, "
-                f"which the "
-                "recordings do not have"
+                "which the recordings do not have"
             )
+        if not Path(str(recording.sources[0].source)).is_absolute():
+            recording = recording.with_path_prefix(Path.cwd())
         channel = segment.channel if isinstance(segment.channel, int) else segment.channel[0]
         utterances.append(
             Utterance(
@@ -261,8 +257,7 @@ def download(corpus: str, parts: Sequence[str], download_dir: Path) -> Path:
             reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
             raise UserError(
                 f"cannot download {part} ({reason}); is there a network? Fetch {address} in another way and "
-                f"unpack it in "
-                f"{download_dir}, or pass --corpus-dir with a folder that has it"
+                f"unpack it in {download_dir}, or pass --corpus-dir with a folder that has it"
             ) from None
         finally:
             socket.setdefaulttimeout(previous)

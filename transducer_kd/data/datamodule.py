@@ -74,9 +74,7 @@ class DataModule:
         yield from _load(dataset, itertools.islice(drawn, start_batch, None), self.cfg.num_workers)
 
     def valid_batches(self) -> Iterator[Batch]:
-        """The whole validation part, on whichever rank asks, each usable cut once, in an order that never
-        changes.
-        """
+        """The whole validation part, on whichever rank asks: each usable cut once, always in one order."""
         if self._valid_cuts is None:
             part = self.cfg.valid_part
             self._valid_cuts = self._usable(part, self._load_part(part), 0.0, float("inf"))
@@ -93,8 +91,7 @@ class DataModule:
             if self.encoder_lens(cut_frames(cut)) < 1:
                 raise UserError(
                     f"part {part}: cut {cut.id} has {cut.duration:.3f} s, too little for one encoder frame; "
-                    f"leave it "
-                    "out of the manifest"
+                    "leave it out of the manifest"
                 )
         batches = batches_by_duration(cuts, max_duration_s, part)
         yield from _load(self._plain_dataset(), enumerate(batches), self.cfg.num_workers)
@@ -255,9 +252,7 @@ def read_cuts(path: Path) -> List[Cut]:
 
 
 def duration_bins(cuts: Sequence[Cut], num_buckets: int) -> List[float]:
-    """Upper limits in seconds, increasing, of all buckets but the last; each bucket has about the same total
-    duration.
-    """
+    """Upper limits in seconds of all buckets but the last, which all have about the same total duration."""
     durations = sorted(cut.duration for cut in cuts)
     if not durations:
         return []
@@ -274,7 +269,10 @@ def duration_bins(cuts: Sequence[Cut], num_buckets: int) -> List[float]:
 def _load(dataset: CutDataset, items: Iterable[Tuple[int, List[Cut]]], num_workers: int) -> Iterator[Batch]:
     """Batches of `items` in order; a UserError met on the way is raised here."""
     if num_workers > 0:
-        loader = torch.utils.data.DataLoader(dataset, sampler=items, batch_size=None, num_workers=num_workers)
+        # A generator of its own: else asking for batches would move on the random state of the training.
+        loader = torch.utils.data.DataLoader(
+            dataset, sampler=items, batch_size=None, num_workers=num_workers, generator=torch.Generator()
+        )
         results = iter(loader)
     else:
         results = (dataset[item] for item in items)

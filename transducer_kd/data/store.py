@@ -1,8 +1,8 @@
 """From manifests to a CutSet with stored features: one cut an utterance, features in shards, resumable.
 
     fbank/feats_<part>/<n>.f16        features of a few hundred cuts (data/features.py has the format)
-    fbank/feats_<part>/<n>.jsonl.gz   their cuts, written after the features: its presence says the shard is
-    complete fbank/cuts_<part>.jsonl.gz        all cuts of the part, written last
+    fbank/feats_<part>/<n>.jsonl.gz   their cuts, written after the features: the shard is complete
+    fbank/cuts_<part>.jsonl.gz        all cuts of the part, written last
 
 A killed run keeps its finished shards. `.input` beside them is a hash of everything they depend on: when that
 changes, they are made again.
@@ -57,21 +57,13 @@ def read_part(manifests_dir: Path, part: str) -> List[MonoCut]:
         ) from None
     cuts = []
     for s in supervisions:
-        if s.recording_id not in recordings:
+        recording = recordings.get(s.recording_id)
+        if recording is None:
             raise UserError(
                 f"{paths[1]}: supervision {s.id} names recording {s.recording_id}, which {paths[0]} lacks"
             )
         channel = s.channel if isinstance(s.channel, int) else s.channel[0]
-        cuts.append(
-            MonoCut(
-                s.id,
-                s.start,
-                s.duration,
-                channel,
-                [s.with_offset(-s.start)],
-                recording=recordings[s.recording_id],
-            )
-        )
+        cuts.append(MonoCut(s.id, s.start, s.duration, channel, [s.with_offset(-s.start)], None, recording))
     return cuts
 
 
@@ -175,7 +167,7 @@ def _store_shard(number: int, cuts: Sequence[Cut], shards_dir: Path, options: St
 
 def _input_hash(manifests_dir: Path, part: str, options: StoreOptions) -> str:
     digest = hashlib.sha256(repr((_FORMAT, options.backend, options.with_features, options.speed)).encode())
-    digest.update(repr((options.cuts_per_shard, options.skip_bad)).encode())
+    digest.update(repr(options.cuts_per_shard).encode())
     for kind in ("recordings", "supervisions"):
         path = Path(manifests_dir) / f"{kind}_{part}.jsonl.gz"
         digest.update(path.read_bytes() if path.exists() else b"")

@@ -48,7 +48,7 @@ class Tokenizer:
 
     def encode(self, texts: List[str]) -> List[List[int]]:
         """Token ids of each text; characters that the model has never seen become <unk>."""
-        return self.processor.encode(list(texts), out_type=int)
+        return self.processor.encode(list(texts), out_type=int, num_threads=1)
 
     def decode(self, ids: List[int]) -> str:
         """Text of one token sequence; blank and <sos/eos> print nothing."""
@@ -84,8 +84,7 @@ def check_same_tokenizer(expected_sha256: str, lang_dir: Path) -> None:
     if found != expected_sha256:
         raise UserError(
             f"{Path(lang_dir) / 'bpe.model'} has sha256 {found[:12]}, but sha256 {expected_sha256[:12]} is "
-            f"expected: the "
-            "token ids mean different things. Use the lang folder that the model was trained with"
+            "expected: the token ids mean different things. Use the lang folder that the model was trained with"
         )
 
 
@@ -119,8 +118,7 @@ def _train(lines: List[str], vocab_size: int, hard_limit: bool) -> bytes:
         largest = int(limit.group(1)) if limit else _largest_vocabulary(lines, vocab_size)
         raise UserError(
             f"{len(lines)} lines of text are too few for a BPE vocabulary of {vocab_size}; at most "
-            f"{largest} pieces "
-            f"are possible (--vocab-size {largest}), or give more text"
+            f"{largest} pieces are possible (--vocab-size {largest}), or give more text"
         ) from None
     return model.getvalue()
 
