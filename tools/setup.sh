@@ -197,8 +197,11 @@ install_pins() {
   log "installing $(grep -c '==' "$pins") packages into $(basename "$venv") (a minute or two)"
   touch "$venv/.installing"
   rm -f "$venv/.setup-stamp"
-  logged "$python" -m pip install --disable-pip-version-check --no-input -r "$pins" ||
+  if ! logged "$python" -m pip install --disable-pip-version-check --no-input -r "$pins"; then
+    # What failed before anything was written, without network for example, leaves the environment as it was.
+    grep -q '^Installing collected packages' "$setup_log" || rm -f "$venv/.installing"
     die "pip could not install $pins; mend what it says above and run tools/setup.sh --env $env_name again"
+  fi
   rm -f "$venv/.installing"
 }
 

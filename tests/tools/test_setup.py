@@ -1,0 +1,246 @@
+"""tools/setup.sh with stand-ins for Python, pip, uv and nvidia-smi: nothing is downloaded or built."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+# Plays an interpreter: knows its version, makes environments that hold a copy of itself, and writes down what
+# pip is asked to do. Files in $FAKE tell it to be slow, or to fail.
+FAKE_PYTHON = """#!/usr/bin/env bash
+case "$1 $2" in
+  "-c "*ensurepip*) [[ $2 == *"!= '@VERSION@'"* ]] ;;
+  "-c "*fcntl*) exec @REAL@ "$@" ;;
+  "-c "*platform.machine*) echo py-torch@TORCH@-abi1-Linux-test ;;
+  "-c "*) exit 0 ;;
+  "-m venv")
+    for target; do :; done
+    mkdir -p "$target/bin" && cp "$0" "$target/bin/python"; echo venv >>"$FAKE/calls" ;;
+  "-m pip")
+    case "$*" in
+      *--version*) exit 0 ;;
+      *" wheel "*)
+        echo "wheel ${@: -1}" >>"$FAKE/calls"
+        [ ! -e "$FAKE/build-fails" ] || { echo "no such header" >&2; exit 1; }
+        while [ "$1" != -w ]; do shift; done
+        touch "$2/fake.whl" ;;
+      *--no-index*) echo "install wheel" >>"$FAKE/calls" ;;
+      *" -r "*)
+        echo "install pins" >>"$FAKE/calls"
+        [ ! -e "$FAKE/pip-fails" ] || { echo "no network" >&2; exit 1; }
+        [ ! -e "$FAKE/pip-is-slow" ] || sleep "$(cat "$FAKE/pip-is-slow")" ;;
+    esac ;;
+  "- "*) cat >/dev/null ;;
+esac
+"""
+
+
+class Sandbox:
+    """A copy of tools/ in a folder of its own, and a PATH on which the stand-ins come first."""
+
+    def __init__(self, root: Path):
+        self.root, self.bin, self.fake = root / "project", root / "bin", root / "fake"
+        shutil.copytree(ROOT / "tools", self.root / "tools", ignore=shutil.ignore_patterns("__pycache__"))
+        for folder in (self.bin, self.fake, root / "home"):
+            folder.mkdir()
+        self.environ = {
+            "PATH": f"{self.bin}:/usr/bin:/bin",
+            "HOME": str(root / "home"),
+            "PYENV_ROOT": str(root / "pyenv"),
+            "FAKE": str(self.fake),
+        }
+        self.add("uv", '[ "$1" = --version ]')
+
+    def add(self, name: str, body: str) -> Path:
+        path = self.bin / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(body if body.startswith("#!") else f"#!/usr/bin/env bash\n{body}\n")
+        path.chmod(0o755)
+        return path
+
+    def add_python(self, version: str, name: str = "") -> Path:
+        text = FAKE_PYTHON.replace("@VERSION@", version).replace("@REAL@", sys.executable)
+        text = text.replace("@TORCH@", "1.13.1" if version == "3.10" else "2.13.0")
+        return self.add(name or f"python{version}", text)
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            ["bash", str(self.root / "tools" / "setup.sh"), *arguments],
+            env=self.environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def setup(self, *arguments: str, status: int = 0) -> str:
+        process = self.start(*arguments)
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == status, output
+        return output
+
+    def calls(self) -> list:
+        """What the stand-ins were asked to do since the last look."""
+        path = self.fake / "calls"
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.unlink(missing_ok=True)
+        return lines
+
+    def wait_for_call(self, line: str) -> None:
+        deadline = time.monotonic() + 30
+        while not (self.fake / "calls").exists() or line not in (self.fake / "calls").read_text():
+            assert time.monotonic() < deadline, f"'{line}' did not come"
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def sandbox(tmp_path):
+    return Sandbox(tmp_path)
+
+
+def pin(env: str, name: str) -> str:
+    text = (ROOT / "tools" / f"requirements-{env}.txt").read_text()
+    return next(line.split()[-1] for line in text.splitlines() if name in line and "==" in line)
+
+
+def test_first_call_makes_the_environment_and_the_second_does_nothing(sandbox):
+    sandbox.add_python("3.10")
+    kaldifeat = pin("k2", "kaldifeat")
+    sandbox.setup()
+    assert sandbox.calls() == ["venv", "install pins", f"wheel {kaldifeat}", "install wheel"]
+    assert (sandbox.root / ".venv-default").read_text() == "k2\n"
+    start = time.monotonic()
+    assert sandbox.setup() == ""
+    assert sandbox.setup("--env", "k2") == ""
+    assert time.monotonic() - start < 2
+    assert sandbox.calls() == []
+
+
+def test_a_changed_pin_is_installed_into_the_same_environment(sandbox):
+    sandbox.add_python("3.10")
+    sandbox.setup()
+    sandbox.calls()
+    pins = sandbox.root / "tools" / "requirements-k2.txt"
+    pins.write_text(pins.read_text() + "another==1.0\n")
+    sandbox.setup()
+    assert sandbox.calls() == ["install pins"]
+
+
+def test_wheels_are_kept_for_the_next_clone(sandbox, tmp_path):
+    sandbox.add_python("3.10")
+    sandbox.setup()
+    sandbox.calls()
+    shutil.rmtree(sandbox.root / ".venv")
+    sandbox.setup()
+    assert sandbox.calls() == ["venv", "install pins", "install wheel"]
+
+
+def test_a_killed_call_is_mended_by_the_next(sandbox):
+    sandbox.add_python("3.10")
+    (sandbox.fake / "pip-is-slow").write_text("60")
+    process = sandbox.start()
+    sandbox.wait_for_call("install pins")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    (sandbox.fake / "pip-is-slow").unlink()
+    sandbox.calls()
+    assert "interrupted" in sandbox.setup("--no-kaldifeat")
+    assert sandbox.calls() == ["venv", "install pins"]
+    assert sandbox.setup("--no-kaldifeat") == ""
+
+
+def test_two_calls_at_once_install_once(sandbox):
+    sandbox.add_python("3.10")
+    (sandbox.fake / "pip-is-slow").write_text("1")
+    first = sandbox.start("--no-kaldifeat")
+    sandbox.wait_for_call("install pins")
+    second = sandbox.start("--no-kaldifeat")
+    assert first.wait(30) == 0
+    assert "waiting" in second.communicate(timeout=30)[0]
+    assert second.returncode == 0
+    assert sandbox.calls() == ["venv", "install pins"]
+
+
+def test_pip_failing_is_an_error_that_names_the_log_and_is_mended_by_the_next_call(sandbox):
+    sandbox.add_python("3.10")
+    (sandbox.fake / "pip-fails").touch()
+    output = sandbox.setup(status=1)
+    assert "no network" in output and ".setup-k2.log" in output and "ERROR" in output
+    (sandbox.fake / "pip-fails").unlink()
+    sandbox.calls()
+    sandbox.setup("--no-kaldifeat")
+    assert sandbox.calls() == ["install pins"]
+
+
+def test_a_failed_build_is_a_warning_and_is_tried_again_only_when_asked(sandbox):
+    sandbox.add_python("3.10")
+    (sandbox.fake / "build-fails").touch()
+    output = sandbox.setup()
+    assert "WARNING" in output and "no such header" in output and "lhotse" in output
+    sandbox.calls()
+    assert sandbox.setup() == ""
+    assert sandbox.calls() == []
+    (sandbox.fake / "build-fails").unlink()
+    sandbox.setup("--retry-builds")
+    assert sandbox.calls()[-1] == "install wheel"
+
+
+def test_kaldifeat_left_out_is_built_by_a_later_call_without_the_option(sandbox):
+    sandbox.add_python("3.10")
+    sandbox.setup("--no-kaldifeat")
+    assert sandbox.calls() == ["venv", "install pins"]
+    sandbox.setup()
+    assert sandbox.calls()[-2:] == [f"wheel {pin('k2', 'kaldifeat')}", "install wheel"]
+
+
+def test_a_shim_that_cannot_run_is_passed_over_for_pyenvs_version(sandbox, tmp_path):
+    sandbox.add("python3.10", "echo 'python3.10: command not found' >&2; exit 127")
+    real = sandbox.add_python("3.10", name="../pyenv/versions/3.10.13/bin/python")
+    assert str(real.resolve()) in sandbox.setup("--no-kaldifeat").replace(str(real), str(real.resolve()))
+
+
+def test_the_modern_environment_is_the_default_without_python_3_10(sandbox):
+    sandbox.add_python("3.11")
+    output = sandbox.setup("--no-kaldifeat")
+    assert (sandbox.root / ".venv-default").read_text() == "modern\n"
+    assert "no Python 3.10" in output and "no lattices" in output
+    assert sandbox.calls() == ["venv", "install pins", f"wheel {pin('modern', 'fast_rnnt')}", "install wheel"]
+    assert sandbox.setup("--no-kaldifeat") == ""
+
+
+@pytest.mark.parametrize(
+    "capability, env", [("9.0", "modern"), ("12.0", "modern"), ("8.6", "k2"), ("7.5", "k2")]
+)
+def test_the_gpu_decides_the_default(sandbox, capability, env):
+    sandbox.add_python("3.10")
+    sandbox.add_python("3.11")
+    sandbox.add("nvidia-smi", f"echo 7.0; echo {capability}")
+    output = sandbox.setup("--no-kaldifeat")
+    assert (sandbox.root / ".venv-default").read_text() == f"{env}\n"
+    assert ("sm_86" in output) == (env == "modern")
+
+
+def test_env_can_be_asked_for_without_becoming_the_default(sandbox):
+    sandbox.add_python("3.11")
+    sandbox.setup("--env", "modern", "--no-kaldifeat")
+    assert not (sandbox.root / ".venv-default").exists()
+
+
+def test_no_python_is_an_error_that_says_what_to_install(sandbox):
+    sandbox.add_python("3.11")
+    output = sandbox.setup("--env", "k2", status=1)
+    assert "no Python 3.10" in output and "--python" in output
+
+
+@pytest.mark.parametrize("arguments", [["--kaldifeat"], ["--env", "k3"], ["--env"]])
+def test_wrong_options_are_errors(sandbox, arguments):
+    output = sandbox.setup(*arguments, status=2)
+    assert output.count("\n") == 1 and "tools/setup.sh:" in output
+    assert sandbox.calls() == []
