@@ -31,7 +31,7 @@ def test_kaldifeat_equals_lhotse():
     wave = speechlike(48123)
     ours, theirs = FeatureExtractor("kaldifeat").extract(wave), FeatureExtractor("lhotse").extract(wave)
     assert ours.shape == theirs.shape
-    assert np.abs(ours - theirs).max() < 1e-3  # measured: 2.3e-4
+    assert np.abs(ours - theirs).max() < 1e-3  # measured: 9e-5 here, 6.4e-4 on real speech
 
 
 def test_equals_what_sherpa_onnx_computes_on_the_device():
@@ -53,7 +53,7 @@ def test_equals_what_sherpa_onnx_computes_on_the_device():
     device = np.stack([online.get_frame(i) for i in range(online.num_frames_ready)])
     ours = FeatureExtractor("auto").extract(wave)
     assert device.shape == ours.shape
-    assert np.abs(device - ours).max() < 1e-3  # measured: 2.2e-4 (lhotse), mean 3e-6
+    assert np.abs(device - ours).max() < 1e-3  # measured: 9e-5 here, 7e-4 on real speech
     assert ours.min() > -15.95  # the log's floor is float32's epsilon, also in digital silence
 
 

@@ -22,7 +22,7 @@ from lhotse.dataset import DynamicBucketingSampler
 from transducer_kd.config import DataConfig
 from transducer_kd.data.batch import Batch
 from transducer_kd.data.dataset import CutDataset, NoiseMixer, batches_by_duration, cut_frames, cut_text
-from transducer_kd.data.features import FeatureExtractor
+from transducer_kd.data.features import SAMPLING_RATE, FeatureExtractor
 from transducer_kd.data.tokenizer import UNK_ID, Tokenizer
 from transducer_kd.log import UserError
 
@@ -210,7 +210,7 @@ class DataModule:
     def _build_mixer(self) -> Optional[NoiseMixer]:
         if not self.cfg.musan_cuts:
             return None
-        noises = read_cuts(Path(self.cfg.musan_cuts))
+        noises = [cut.resample(SAMPLING_RATE) for cut in read_cuts(Path(self.cfg.musan_cuts))]
         if not noises:
             raise UserError(f"data.musan_cuts={self.cfg.musan_cuts} holds no cut")
         if len(self.cfg.musan_snr_db) != 2:

@@ -72,6 +72,7 @@ def store_part(manifests_dir: Path, fbank_dir: Path, part: str, options: StoreOp
 
     With options.speed other than 1 the result is called `<part>_sp<speed>`. Raises UserError naming the cut
     whose audio cannot be read, unless options.skip_bad: then it is left out, counted and named in the log.
+    Finished shards serve both; delete feats_<part> once the audio is mended.
     """
     fbank_dir = Path(fbank_dir)
     name = part if options.speed == 1.0 else f"{part}_sp{options.speed}"

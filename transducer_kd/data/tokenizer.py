@@ -84,7 +84,7 @@ def check_same_tokenizer(expected_sha256: str, lang_dir: Path) -> None:
     if found != expected_sha256:
         raise UserError(
             f"{Path(lang_dir) / 'bpe.model'} has sha256 {found[:12]}, but sha256 {expected_sha256[:12]} is "
-            "expected: the token ids mean different things. Use the lang folder that the model was trained with"
+            "expected: the token ids mean different things. Use the lang folder the model was trained with"
         )
 
 
