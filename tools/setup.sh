@@ -12,8 +12,8 @@ usage: tools/setup.sh [--env k2|modern] [--python PATH] [--no-kaldifeat] [--retr
                    Without --env: the default that an earlier call chose (kept in .venv-default), or k2, unless no
                    Python 3.10 can be had or the GPU is newer than sm_86, the last one torch 1.13.1 has kernels for.
   --python PATH    make the environment with this interpreter instead of searching for one
-  --no-kaldifeat   do not build kaldifeat; features then come from lhotse (equal within 1e-3)
-  --retry-builds   try a source build again that failed earlier
+  --no-kaldifeat   do not build kaldifeat; features then come from lhotse (equal within 1e-3). Later calls keep to it.
+  --retry-builds   build from source what failed earlier or was left out
 
 The versions are in tools/requirements-<env>.txt. Calling it again is cheap; after an interruption it mends what is
 there. Built wheels are kept in ${XDG_CACHE_HOME:-~/.cache}/transducer_kd, so that the next clone need not build.
@@ -56,11 +56,10 @@ set_paths() {
   # A change of the pins or of the way of installing them brings the environment up to date.
   wanted=$(cat "$pins" "$root/tools/setup.sh" "$root"/tools/cmake/*/* | cksum)
   builds=$(sed -n 's/^#build: //p' "$pins")
-  [ "$kaldifeat" = 1 ] || builds=$(grep -v '^kaldifeat' <<<"$builds" || true)
 }
 
-# State of a source build in this environment: built, failed or nothing. A failure is remembered, so that not every
-# call costs minutes.
+# State of a source build in this environment: built, failed, skipped or nothing. All are remembered: not every call
+# should cost minutes.
 build_state() { cat "$venv/.build-$1" 2>/dev/null || true; }
 
 is_complete() {
@@ -68,7 +67,7 @@ is_complete() {
   local build state
   for build in $builds; do
     state=$(build_state "$build")
-    [ "$state" = built ] || { [ "$state" = failed ] && [ "$retry" = 0 ]; } || return 1
+    [ "$state" = built ] || { [ -n "$state" ] && [ "$retry" = 0 ]; } || return 1
   done
 }
 
@@ -250,9 +249,9 @@ build_all() {
   local build state fallback
   for build in $builds; do
     state=$(build_state "$build")
-    if [ "$state" = failed ] && [ "$retry" = 0 ]; then continue; fi
+    if [ "$state" != built ] && [ -n "$state" ] && [ "$retry" = 0 ]; then continue; fi
     if [ "$state" = built ] && "$python" -c "import torch, ${build%%==*}" >/dev/null 2>&1; then continue; fi
-    if build_from_source "$build"; then state=built; else
+    if [[ $build == kaldifeat* && $kaldifeat = 0 ]]; then state=skipped; elif build_from_source "$build"; then state=built; else
       state=failed
       case $build in
         kaldifeat*) fallback="features come from lhotse, equal within 1e-3" ;;

@@ -15,7 +15,7 @@ if grep -q AuthenticAMD /proc/cpuinfo 2>/dev/null; then export MKL_DEBUG_CPU_TYP
 arguments=("$@")
 if [ $# -eq 0 ]; then
   cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
-  arguments=(-n "$((cores < 8 ? cores : 8))" --durations=10 -rs)
+  arguments=(-n "$((cores < 8 ? cores : 8))" --dist loadfile --durations=10 -rs)
 fi
 
 output=$(mktemp)

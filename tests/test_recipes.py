@@ -1,0 +1,227 @@
+"""The recipes from the outside: run.sh at scale smoke, from the corpus to the report, and what options do.
+
+Everything happens in a copy of the project that borrows this environment, so that neither data nor models of
+the project itself are touched.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENTS = {".venv": "k2", ".venv-modern": "modern"}
+STAGES = ["corpus and manifests", "features and BPE", "teacher", "decode"]
+EXP = "egs/librispeech/two_pass/exp/synthetic-smoke"
+DATA = "egs/librispeech/data/synthetic-smoke"
+
+
+def copy_project(target: Path) -> Path:
+    """The project without data, models and environments."""
+    target.mkdir()
+    shutil.copy(ROOT / "run.sh", target)
+    ignored = shutil.ignore_patterns("__pycache__", "data", "exp", "RESULTS.md")
+    for name in ("egs", "tools"):
+        shutil.copytree(ROOT / name, target / name, ignore=ignored)
+    for name in ("local", "transducer_kd"):
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return target
+
+
+class Project:
+    """run.sh in a copy of the project."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.exp = root / EXP
+        self.environment = ENVIRONMENTS.get(Path(sys.prefix).name, "")
+        if self.environment:
+            (root / Path(sys.prefix).name).symlink_to(sys.prefix)
+
+    def command(self, *options: str) -> list:
+        return ["bash", str(self.root / "run.sh"), "--env", self.environment, "--scale", "smoke", *options]
+
+    def run(self, *options: str, status: int = 0) -> str:
+        """Output of run.sh; fails unless it ends with `status`."""
+        done = subprocess.run(
+            self.command(*options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+        )
+        assert done.returncode == status, done.stdout
+        return done.stdout
+
+    def stages(self) -> list:
+        """Names of the stages that ran so far."""
+        path = self.exp / "stages.jsonl"
+        return [json.loads(line)["name"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Project:
+    """A copy in which nothing has run yet; for what ends before the environment is needed."""
+    return Project(copy_project(tmp_path_factory.mktemp("recipe") / "project"))
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory) -> Project:
+    """A copy in which stages 0 to 6 have run."""
+    project = Project(copy_project(tmp_path_factory.mktemp("smoke") / "project"))
+    if not project.environment:
+        pytest.skip("run.sh needs an environment made by tools/setup.sh; these tests run in another one")
+    project.output = project.run("--stage", "0", "--stop-stage", "6")
+    return project
+
+
+class TestWholeRun:
+    """In this order: the later tests go on from what the earlier ones left."""
+
+    def test_all_stages_run_and_the_results_table_is_printed(self, smoke):
+        assert smoke.stages() == [*STAGES, "report"]
+        for word in ("Stage 3: not there yet", "test-clean WER", "greedy_search", "modified_beam_search"):
+            assert word in smoke.output
+        assert ("fast_beam_search_nbest_oracle" in smoke.output) == (smoke.environment == "k2")
+        assert ("no k2 in this environment" in smoke.output) == (smoke.environment == "modern")
+
+    def test_records_report_and_logs_are_where_they_should_be(self, smoke):
+        records = json.loads((smoke.exp / "teacher" / "metrics.json").read_text())
+        assert {r["test_set"] for r in records} == {"test-clean", "test-other"}
+        methods = {r["method"] for r in records}
+        assert {"greedy_search", "modified_beam_search"} <= methods
+        for record in records:
+            assert record["corpus"] == "synthetic" and record["scale"] == "smoke"
+            assert record["ref_words"] > 0 and record["params_deployed"] > 0
+        for name in ("report.html", "report.json", "RESULTS.md", "log/stage-2-teacher.log"):
+            assert (smoke.exp / name).stat().st_size > 0, name
+        assert not (smoke.root / "egs/librispeech/two_pass/RESULTS.md").exists()
+
+    def test_features_and_bpe_are_those_of_the_smoke_corpus(self, smoke):
+        tokens = (smoke.root / DATA / "lang_bpe_60" / "tokens.txt").read_text().splitlines()
+        assert tokens[:3] == ["<blk> 0", "<sos/eos> 1", "<unk> 2"] and len(tokens) == 60
+        assert (smoke.root / DATA / "fbank" / "cuts_train.jsonl.gz").exists()
+
+    def test_the_same_command_again_only_makes_the_report(self, smoke):
+        before = smoke.stages()
+        output = smoke.run()
+        assert output.count("done already") == 4
+        assert smoke.stages() == [*before, "report"]
+
+    def test_one_stage_alone_runs_alone_and_force_runs_it_though_it_is_done(self, smoke):
+        before = smoke.stages()
+        output = smoke.run("--stage", "1", "--stop-stage", "1")
+        assert "Stage 1: features and BPE: done already" in output and "Stage 0" not in output
+        smoke.run("--stage", "1", "--stop-stage", "1", "--force")
+        assert smoke.stages() == [*before, "features and BPE"]
+
+    def test_another_setting_trains_anew_and_keeps_the_old_model(self, smoke):
+        before = smoke.stages()
+        settings = ("--stop-stage", "2", "--set", "train.max_steps=6", "--set", "train.save_every=100")
+        output = smoke.run(*settings)
+        assert "Stage 2: teacher: its options changed" in output
+        assert smoke.stages() == [*before, "teacher"]
+        kept = [d for d in smoke.exp.iterdir() if d.name.startswith("teacher.old-")]
+        assert len(kept) == 1 and (kept[0] / "metrics.json").exists()
+        config = json.loads((smoke.exp / "teacher" / "config.json").read_text())
+        assert config["train"]["max_steps"] == 6
+        assert "Stage 2: teacher: done already" in smoke.run(*settings)
+
+    def test_a_model_trained_anew_is_decoded_anew(self, smoke):
+        options = ("--stage", "6", "--set", "train.max_steps=6", "--set", "train.save_every=100")
+        before = smoke.stages()
+        smoke.run(*options)
+        assert smoke.stages() == [*before, "decode", "report"]
+
+    def test_a_stage_that_was_stopped_says_so_and_goes_on(self, smoke):
+        long = ("--stage", "2", "--stop-stage", "2", "--set", "train.max_steps=100000")
+        process = subprocess.Popen(
+            smoke.command(*long), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        log = smoke.exp / "log" / "stage-2-teacher.log"
+        deadline = time.monotonic() + 60
+        while not (log.exists() and "max_steps=100000" in log.read_text() and "Epoch 3" in log.read_text()):
+            assert time.monotonic() < deadline and process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == 143
+        assert "stage 2 (teacher) was stopped" in output and "stage-2-teacher.log" in output
+        assert not (smoke.exp / "teacher" / ".done").exists()
+        checkpoints = sorted((smoke.exp / "teacher").glob("checkpoint-*.pt"))
+        assert checkpoints, "a SIGTERM to run.sh reaches the training, which saves"
+
+    def test_a_failing_stage_is_named_with_its_log(self, smoke):
+        (smoke.root / DATA / "manifests" / "parts.json").unlink()
+        output = smoke.run("--stage", "1", "--stop-stage", "1", "--force", status=1)
+        last = output.strip().splitlines()[-1]
+        assert "ERROR stage 1 (features and BPE) failed" in last and "stage-1-features.log" in last
+        assert "run stage 0 first" in output
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--stge", "2"], ["unknown option --stge", "did you mean --stage?"]),
+        (["--stop_stage", "2"], ["did you mean --stop-stage?"]),
+        (["--recipee=two_pass"], ["did you mean --recipe?"]),
+        (["--quite-another-thing", "1"], ["unknown option --quite-another-thing", "--help"]),
+        (["two_pass"], ["two_pass is not an option"]),
+        (["--train-parts", "a", "b"], ["b is not an option", "quoted"]),
+        (["--recipe", "nine_pass"], ["no recipe 'nine_pass'", "two_pass"]),
+        (["--recipe"], ["--recipe needs a name"]),
+        (["--stage"], ["--stage needs a value"]),
+        (["--stage", "two"], ["--stage must be a whole number"]),
+        (["--stage", "4", "--stop-stage", "3"], ["nothing to do"]),
+        (["--stop-stage", "7"], ["stage 7 is not there"]),
+        (["--scale", "huge"], ["no scale huge", "smoke"]),
+        (["--corpus", "timit"], ["--corpus timit is not one of", "--corpus-dir"]),
+        (["--corpus", "librispeech", "--manifest-dir", "x"], ["no other source"]),
+        (["--csv", "train=a.csv", "--corpus-dir", "b"], ["give one of"]),
+        (["--corpus-dir", "b", "--corpus-name", "a/b"], ["--corpus-name a/b"]),
+        (["--full-libri", "yes"], ["yes is not an option"]),
+        (["--full-libri=yes"], ["--full-libri takes 0 or 1"]),
+        (["--env", "conda"], ["--env conda is not one of"]),
+        (["--nproc", "0"], ["--nproc must be at least 1"]),
+    ],
+)
+def test_wrong_options_are_one_clear_line_before_anything_is_done(project, options, words):
+    done = subprocess.run(["bash", project.root / "run.sh", *options], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1 and "ERROR" in done.stderr and done.stdout == ""
+    for word in words:
+        assert word in done.stderr
+    assert not (project.root / "egs/librispeech/data").exists()
+
+
+def test_help_names_every_option(project):
+    done = subprocess.run(
+        ["bash", project.root / "run.sh", "--help"], capture_output=True, text=True, check=True
+    )
+    common = (ROOT / "egs/librispeech/common.sh").read_text()
+    listed = common.partition('value_options="')[2].partition('"')[0]
+    listed += " " + common.partition('switch_options="')[2].partition('"')[0]
+    names = [item.partition("=")[0] for item in listed.split()]
+    assert len(names) > 20
+    missing = [name for name in (*names, "set", "recipe") if f"--{name}" not in done.stdout]
+    assert missing == []
+    assert max(len(line) for line in done.stdout.splitlines()) <= 120
+
+
+def test_a_misspelt_setting_is_an_error_before_the_first_stage(project):
+    if not project.environment:
+        pytest.skip("run.sh needs an environment made by tools/setup.sh; these tests run in another one")
+    output = project.run("--set", "train.max_step=3", status=1)
+    assert "unknown key train.max_step; did you mean max_steps?" in output
+    assert "Traceback" not in output and "Stage 0" not in output
+
+
+@pytest.mark.parametrize("recipe", sorted(p.parent.name for p in (ROOT / "egs/librispeech").glob("*/run.sh")))
+def test_scripts_parse_and_stay_short(recipe):
+    path = ROOT / "egs/librispeech" / recipe / "run.sh"
+    subprocess.run(["bash", "-n", path], check=True)
+    assert os.access(path, os.X_OK)
+    assert len(path.read_text().splitlines()) <= 120
+    assert (path.parent / "conf" / "smoke").is_dir()
