@@ -251,7 +251,11 @@ build_all() {
     state=$(build_state "$build")
     if [ "$state" != built ] && [ -n "$state" ] && [ "$retry" = 0 ]; then continue; fi
     if [ "$state" = built ] && "$python" -c "import torch, ${build%%==*}" >/dev/null 2>&1; then continue; fi
-    if [[ $build == kaldifeat* && $kaldifeat = 0 ]]; then state=skipped; elif build_from_source "$build"; then state=built; else
+    if [[ $build == kaldifeat* && $kaldifeat = 0 ]]; then
+      state=skipped
+    elif build_from_source "$build"; then
+      state=built
+    else
       state=failed
       case $build in
         kaldifeat*) fallback="features come from lhotse, equal within 1e-3" ;;
