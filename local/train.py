@@ -24,13 +24,23 @@ from transducer_kd.log import UserError, run_main, setup_logging  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="phase YAML, see egs/librispeech/*/conf/")
-    parser.add_argument("--exp-dir", type=Path, required=True, help="where checkpoints, logs and TensorBoard go")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, e.g. optim.lr=1e-3"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="auto", help="auto (the GPU where there is one), cpu, cuda or cuda:N")
+    parser.add_argument("--config", type=Path, required=True, help="phase YAML, see egs/librispeech/*/conf/")
+    parser.add_argument(
+        "--exp-dir", type=Path, required=True, help="where checkpoints, logs and TensorBoard go"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a setting, e.g. optim.lr=1e-3",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto (the GPU where there is one), cpu, cuda or cuda:N"
+    )
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help="require a checkpoint to go on from")
     group.add_argument("--restart", action="store_true", help="move an earlier run aside and begin anew")
@@ -48,20 +58,29 @@ def main() -> int:
 
     processes = ddp.setup(args.device)
     try:
-        setup_logging(args.exp_dir / "log" / f"log-train-{processes.rank}.txt", processes.rank, processes.world_size)
+        setup_logging(
+            args.exp_dir / "log" / f"log-train-{processes.rank}.txt", processes.rank, processes.world_size
+        )
         if config.train.num_threads:
             torch.set_num_threads(config.train.num_threads)
         if args.resume and checkpoint.find_resume_point(args.exp_dir) is None:
-            raise UserError(f"--resume: {args.exp_dir} holds no readable checkpoint; leave --resume out to start")
+            raise UserError(
+                f"--resume: {args.exp_dir} holds no readable checkpoint; leave --resume out to start"
+            )
         tokenizer = build.build_tokenizer(config.data)
         objective = build.build_objective(config, tokenizer.vocab_size)
         model = objective.model
         if processes.rank == 0:
             experiment.prepare_exp_dir(args.exp_dir, config, args.restart)
-            sizes = {"deployed": model.deployed_parameters(), "total": sum(p.numel() for p in model.parameters())}
+            sizes = {
+                "deployed": model.deployed_parameters(),
+                "total": sum(p.numel() for p in model.parameters()),
+            }
             meta = {"bpe_sha256": tokenizer.sha256, "parameters": sizes, "loss_backend": objective.backend}
             experiment.write_meta(args.exp_dir, meta)
-            logging.info("%s/%s: parameters %s, loss on %s", config.recipe, config.phase, sizes, objective.backend)
+            logging.info(
+                "%s/%s: parameters %s, loss on %s", config.recipe, config.phase, sizes, objective.backend
+            )
         ddp.barrier()
         data = build.build_data(config.data, tokenizer, processes.world_size, processes.rank)
         validator = build.Validator(data, tokenizer, config.train.valid_wer_utterances, processes.device)

@@ -45,7 +45,9 @@ def build_objective(config: cfg.PhaseConfig, vocab_size: int) -> Objective:
     return TransducerObjective(build_model(config, vocab_size), config.loss, SpecAugment(config.spec_augment))
 
 
-def build_data(config: cfg.DataConfig, tokenizer: Tokenizer, world_size: int = 1, rank: int = 0) -> DataModule:
+def build_data(
+    config: cfg.DataConfig, tokenizer: Tokenizer, world_size: int = 1, rank: int = 0
+) -> DataModule:
     """Batches of the phase; utterances the encoder makes shorter than their tokens are dropped there."""
     return DataModule(config, tokenizer, encoder_lens=subsampled_lens, world_size=world_size, rank=rank)
 
@@ -79,7 +81,9 @@ class Validator:
             if len(texts) < self.num_utterances:
                 texts += self._decode(objective.model, batch)
         if not frames:
-            raise UserError("the validation part (data.valid_part) has no usable cut; see the counts in the log")
+            raise UserError(
+                "the validation part (data.valid_part) has no usable cut; see the counts in the log"
+            )
         metrics = {name: value / frames for name, value in sums.items()}
         texts = texts[: self.num_utterances]
         if texts:
@@ -102,8 +106,8 @@ def load_model(
     device: str = "cpu",
     lang_dir: str = "",
 ) -> LoadedModel:
-    """Load a trained phase. epoch 0: the last; -1: best-valid. `lang_dir` replaces the one it was trained with, where
-    that has moved. UserError names what is missing or does not fit.
+    """Load a trained phase. epoch 0: the last; -1: best-valid. `lang_dir` replaces the one it was trained
+    with, where that has moved. UserError names what is missing or does not fit.
     """
     exp_dir = Path(exp_dir)
     if not exp_dir.is_dir():
@@ -115,8 +119,8 @@ def load_model(
     if tokenizer.sha256 != content["bpe_sha256"]:
         raise UserError(
             f"{exp_dir} was trained with another BPE model than {config.data.lang_dir}/bpe.model "
-            f"(sha256 {content['bpe_sha256'][:12]}, found {tokenizer.sha256[:12]}); decode with the lang_dir it was "
-            "trained with, or train again"
+            f"(sha256 {content['bpe_sha256'][:12]}, found {tokenizer.sha256[:12]}); decode with the "
+            "lang_dir it was trained with, or train again"
         )
     model = build_model(config, tokenizer.vocab_size)
     reference = model.state_dict()

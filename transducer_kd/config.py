@@ -2,8 +2,8 @@
 
 A phase is described by one YAML file. It is read in three layers, later ones winning: the defaults below, the
 YAML (which may name one `base:` file beside it, one level deep), and `--set section.key=value` overrides.
-Unknown keys and wrong types are errors that name the key and where it came from, because a misspelt key that is
-silently ignored costs a training run.
+Unknown keys and wrong types are errors that name the key and where it came from, because a misspelt key that
+is silently ignored costs a training run.
 
 Units are in the names (`_s` seconds, `_ms` milliseconds); "encoder frames" are 40 ms (feature frames of 10 ms
 after 4x subsampling).
@@ -145,7 +145,8 @@ class PhaseConfig:
 def load_config(path: Optional[Path], overrides: Sequence[str] = ()) -> PhaseConfig:
     """Read a phase YAML and apply `section.key=value` overrides.
 
-    Raises UserError for a missing or malformed file, an unknown key, a wrong type or a value out of its choices.
+    Raises UserError for a missing or malformed file, an unknown key, a wrong type or a value out of its
+    choices.
     """
     tree: Dict[str, Any] = {}
     origin = str(path) if path else "defaults"
@@ -187,8 +188,9 @@ _CHOICES = {
     "train.precision": ("fp32", "bf16", "fp16"),
 }
 _POSITIVE = (
-    "model.encoder.num_layers model.encoder.encoder_dim model.encoder.num_heads model.encoder.feedforward_dim "
-    "model.encoder.feature_dim model.encoder.subsampling_channels model.decoder.decoder_dim model.joiner_dim "
+    "model.encoder.num_layers model.encoder.encoder_dim model.encoder.num_heads "
+    "model.encoder.feedforward_dim model.encoder.feature_dim model.encoder.subsampling_channels "
+    "model.decoder.decoder_dim model.joiner_dim "
     "model.decoder.context_size model.decoder.num_layers loss.s_range data.max_duration_s data.max_cut_s "
     "data.num_buckets optim.lr train.max_steps train.accumulate train.log_every train.valid_every "
     "train.save_every train.keep_last train.average_period"
@@ -242,7 +244,9 @@ def _merged(base: Dict[str, Any], over: Dict[str, Any]) -> Dict[str, Any]:
 
 def _build(cls: type, tree: Any, origin: str, prefix: str) -> Any:
     if not isinstance(tree, dict):
-        raise UserError(f"{origin}: {prefix.rstrip('.') or 'the file'} must be a section with keys, not {tree!r}")
+        raise UserError(
+            f"{origin}: {prefix.rstrip('.') or 'the file'} must be a section with keys, not {tree!r}"
+        )
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in tree.items():
@@ -280,7 +284,9 @@ def _assign(config: PhaseConfig, dotted: str, text: str) -> None:
     for i, name in enumerate(names):
         hints = typing.get_type_hints(type(target)) if dataclasses.is_dataclass(target) else {}
         if name not in hints:
-            raise UserError(f"--set {dotted}: unknown key {'.'.join(names[: i + 1])}{_suggestion(name, hints)}")
+            raise UserError(
+                f"--set {dotted}: unknown key {'.'.join(names[: i + 1])}{_suggestion(name, hints)}"
+            )
         hint = hints[name]
         if i < len(names) - 1:
             target = getattr(target, name)

@@ -63,7 +63,9 @@ def disk_full(path: Any) -> UserError:
     while not folder.exists():
         folder = folder.parent
     free_mb = shutil.disk_usage(folder).free / 1e6
-    return UserError(f"no space left on the disk while writing {path} ({free_mb:.0f} MB free); free some and run again")
+    return UserError(
+        f"no space left on the disk while writing {path} ({free_mb:.0f} MB free); free some and run again"
+    )
 
 
 def check_disk_space(folder: Path, needed_bytes: float, what: str) -> None:
@@ -74,8 +76,8 @@ def check_disk_space(folder: Path, needed_bytes: float, what: str) -> None:
     free = shutil.disk_usage(probe).free
     if free < needed_bytes:
         raise UserError(
-            f"{what} needs about {needed_bytes / 1e9:.2f} GB in {folder}, but only {free / 1e9:.2f} GB are free; "
-            "free some or choose another folder"
+            f"{what} needs about {needed_bytes / 1e9:.2f} GB in {folder}, but only {free / 1e9:.2f} GB are "
+            "free; free some or choose another folder"
         )
 
 

@@ -70,7 +70,9 @@ def test_loss_is_the_weighted_sum_of_its_terms():
     assert not any(v.requires_grad for v in m.values())
 
 
-@pytest.mark.parametrize("step, expected", [(0, (1.0, 0.1)), (50, (0.75, 0.55)), (100, (0.5, 1.0)), (10**6, (0.5, 1.0))])
+@pytest.mark.parametrize(
+    "step, expected", [(0, (1.0, 0.1)), (50, (0.75, 0.55)), (100, (0.5, 1.0)), (10**6, (0.5, 1.0))]
+)
 def test_warm_up(step, expected):
     assert warm_up_scales(step, 100, 0.5) == pytest.approx(expected)
 
@@ -78,7 +80,9 @@ def test_warm_up(step, expected):
 def test_every_parameter_is_trained():
     objective, batch = build(LossConfig(ctc_weight=0.5)).train(), make_batch()
     objective(batch, 0).loss_sum.backward()
-    untouched = [n for n, p in objective.model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    untouched = [
+        n for n, p in objective.model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ]
     assert untouched == []
 
 

@@ -8,7 +8,7 @@ from transducer_kd.train import checkpoint as ckpt
 
 
 def save_run(exp_dir, weights, period=2, steps_per_epoch=4):
-    """epoch-N.pt of a run whose only weight takes the given value after each update (weights[0]: before the first)."""
+    """epoch-N.pt of a run whose only weight has the given value after each update (weights[0]: before)."""
     model = torch.nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(weights[0])
     average = ckpt.start_running_average(model)
@@ -36,7 +36,9 @@ def test_running_average_is_the_mean_of_its_samples(tmp_path):
     assert name == "epoch-3-avg-3-use-averaged-model"
 
 
-@pytest.mark.parametrize("epoch, avg, expected", [(3, 1, (6.0 + 8.0) / 2), (3, 2, (-4.0 + 9.0 + 6.0 + 8.0) / 4)])
+@pytest.mark.parametrize(
+    "epoch, avg, expected", [(3, 1, (6.0 + 8.0) / 2), (3, 2, (-4.0 + 9.0 + 6.0 + 8.0) / 4)]
+)
 def test_average_of_a_span_holds_only_the_samples_in_it(tmp_path, epoch, avg, expected):
     save_run(tmp_path, WEIGHTS)
     state, _, _ = ckpt.select_weights(tmp_path, epoch=epoch, avg=avg, use_averaged_model=True)
@@ -78,7 +80,14 @@ def test_damaged_checkpoint_is_named_and_passed_over(tmp_path, damage, caplog):
 
 
 def test_plain_values_come_back_exactly(tmp_path):
-    content = {"model": {}, "f": [0.1, float("inf"), -0.0], "i": 3, "n": None, "d": {"s": "x", "e": {}}, "t": torch.ones(2)}
+    content = {
+        "model": {},
+        "f": [0.1, float("inf"), -0.0],
+        "i": 3,
+        "n": None,
+        "d": {"s": "x", "e": {}},
+        "t": torch.ones(2),
+    }
     ckpt.save_checkpoint(tmp_path / "a.pt", content)
     back = ckpt.load_checkpoint(tmp_path / "a.pt")
     assert torch.equal(back.pop("t"), content.pop("t")) and back == content and str(back["f"][2]) == "-0.0"
@@ -89,7 +98,11 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
         (tmp_path / f"checkpoint-{step}.pt").write_bytes(b"x")
     (tmp_path / "epoch-1.pt").write_bytes(b"x")
     ckpt.remove_old_checkpoints(tmp_path, keep_last=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-100.pt", "checkpoint-20.pt", "epoch-1.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoint-100.pt",
+        "checkpoint-20.pt",
+        "epoch-1.pt",
+    ]
 
 
 def test_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):

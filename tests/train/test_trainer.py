@@ -1,4 +1,4 @@
-"""The loop: exact resume, global normalisation, accumulation, skipped batches, signals, what it leaves on disk."""
+"""The loop: exact resume, global normalisation, accumulation, skipped batches, signals, files."""
 
 import os
 import signal
@@ -177,7 +177,7 @@ trainer.run()
 
 
 def test_kill_9_at_any_moment_loses_nothing(tmp_path):
-    """Real SIGKILLs, also in the middle of writing checkpoints; the last run ends where the uninterrupted one does."""
+    """SIGKILLs, also while checkpoints are written; the last run ends where the uninterrupted one does."""
     command = [sys.executable, "-c", KILLED_RUN, str(tmp_path / "cut"), str(Path(__file__).parent)]
     log = tmp_path / "cut" / "train_log.jsonl"
     for delay in (0.05, 0.13, 0.31):

@@ -82,7 +82,8 @@ class SpeakerTask:
 
 _TRAIN_ACCENTS = ("en-us", "en-gb-x-rp", "en-gb-scotland", "en-029")
 _OTHER_ACCENTS = ("en-us-nyc", "en-gb-x-gbclan", "en-gb-x-gbcwmd")
-# Unlabelled speech is wider than labelled speech: it is where a model can meet what the transcribed part lacks.
+# Unlabelled speech is wider than labelled speech: it is where a model can meet what the transcribed part
+# lacks.
 _UNLABELLED_ACCENTS = (*_TRAIN_ACCENTS, *_OTHER_ACCENTS[:2])
 
 # The variants that sound like people; no robots, whisperers or echoes.

@@ -1,1 +1,1 @@
-"""Training objectives: what a phase minimises. One class a way of training, all called by the same trainer."""
+"""Training objectives: what a phase minimises. One class a way of training, one trainer for all."""

@@ -1,7 +1,7 @@
 """What the trainer knows of a task: an Objective turns a batch into a summed loss and a frame count.
 
-Objectives return sums, never means. The trainer divides once, by the frames of all ranks and accumulated batches
-together, so that a gradient does not depend on how a batch was cut into pieces.
+Objectives return sums, never means. The trainer divides once, by the frames of all ranks and accumulated
+batches together, so that a gradient does not depend on how a batch was cut into pieces.
 """
 
 from dataclasses import dataclass, field

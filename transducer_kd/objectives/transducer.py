@@ -20,8 +20,8 @@ from transducer_kd.objectives.base import LossOutput, Objective
 def warm_up_scales(step: int, warm_step: int, simple_loss_scale: float) -> Tuple[float, float]:
     """Weights (a, b) of the simple and the pruned loss at update `step`.
 
-    a falls from 1 to `simple_loss_scale` and b rises from 0.1 to 1 over `warm_step` updates: the pruning bounds
-    come from the simple loss, so it has to be worth something before the pruned loss can be.
+    a falls from 1 to `simple_loss_scale` and b rises from 0.1 to 1 over `warm_step` updates: the pruning
+    bounds come from the simple loss, so it has to be worth something before the pruned loss can be.
     """
     if step >= warm_step:
         return simple_loss_scale, 1.0
@@ -61,7 +61,9 @@ class TransducerObjective(Objective):
         x = self.spec_augment(batch.features, batch.feature_lens)
         done = self.transducer_pass(x, batch)
         if self.training:
-            simple_scale, pruned_scale = warm_up_scales(step, self.loss.warm_step, self.loss.simple_loss_scale)
+            simple_scale, pruned_scale = warm_up_scales(
+                step, self.loss.warm_step, self.loss.simple_loss_scale
+            )
         else:  # one scale for all validations, so that they can be compared
             simple_scale, pruned_scale = self.loss.simple_loss_scale, 1.0
         metrics = {"simple_loss": done.simple_loss.sum(), "pruned_loss": done.pruned_loss.sum()}
@@ -73,7 +75,9 @@ class TransducerObjective(Objective):
         detached = {name: value.detach() for name, value in metrics.items()}
         return LossOutput(total, done.encoder_out_lens.sum(), detached)
 
-    def transducer_pass(self, x: torch.Tensor, batch: Any, chunk_size: Optional[int] = None) -> TransducerPass:
+    def transducer_pass(
+        self, x: torch.Tensor, batch: Any, chunk_size: Optional[int] = None
+    ) -> TransducerPass:
         """Encode `x` (N,T,C) and compute both transducer losses on the batch's tokens."""
         model = self.model
         encoder_out, encoder_out_lens = model.encode(x, batch.feature_lens, chunk_size=chunk_size)
@@ -116,7 +120,7 @@ class TransducerObjective(Objective):
 
     @torch.no_grad()
     def images(self, batch: Any, step: int) -> Dict[str, torch.Tensor]:
-        """`pruning_ranges` (U+1, T'): which nodes of the first utterance's lattice the pruned loss looks at."""
+        """`pruning_ranges` (U+1, T'): which nodes of the first utterance's lattice the pruned loss sees."""
         done = self.transducer_pass(batch.features, batch)
         frames, tokens = int(done.encoder_out_lens[0]), int(batch.y_lens[0]) + 1
         picture = torch.zeros(frames, tokens)

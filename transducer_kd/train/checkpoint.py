@@ -4,7 +4,8 @@ A checkpoint is a dict of tensors and plain values:
     model       state dict of the trained model
     model_avg   its running average since update 0, float64 (see `update_running_average`)
     optimizer, scaler, progress (step, epoch, batch_in_epoch, ...), window (metrics since the last log line)
-    config      the phase's configuration as nested dicts;  bpe_sha256: hash of the BPE model it was trained with
+    config      the phase's configuration as nested dicts;  bpe_sha256: hash of the BPE model it was trained
+    with
 Files: `epoch-N.pt` after N passes over the data, `checkpoint-STEP.pt` in between, `best-valid.pt`.
 """
 
@@ -41,9 +42,19 @@ def load_checkpoint(path: Path, device: Any = "cpu") -> Dict[str, Any]:
         raise UserError(f"checkpoint {path} does not exist{_present(path.parent)}")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as e:
         reason = " ".join(str(e).split())[:200]
-        raise UserError(f"checkpoint {path} cannot be read ({reason}); delete it and resume from an older one") from None
+        raise UserError(
+            f"checkpoint {path} cannot be read ({reason}); delete it and resume from an older one"
+        ) from None
     if not isinstance(content, dict) or "model" not in content:
         raise UserError(f"{path} is not a checkpoint of this project: it has no 'model' entry")
     return _unpack(content)
@@ -108,12 +119,16 @@ def remove_old_checkpoints(exp_dir: Path, keep_last: int) -> None:
 
 def start_running_average(model: torch.nn.Module) -> State:
     """A float64 copy of the state dict (integer buffers as they are)."""
-    return {k: v.detach().double() if v.is_floating_point() else v.detach().clone() for k, v in model.state_dict().items()}
+    return {
+        k: v.detach().double() if v.is_floating_point() else v.detach().clone()
+        for k, v in model.state_dict().items()
+    }
 
 
 @torch.no_grad()
 def update_running_average(average: State, model: torch.nn.Module, step: int, period: int) -> None:
-    """Take the weights after `step` updates into the running mean, in place, where `step` is a multiple of `period`.
+    """Take the weights after `step` updates into the running mean, in place, where `step` is a multiple of
+    `period`.
 
     The mean after n samples, A_n = A_(n-1) (n-1)/n + theta_n / n, is written as A += (theta - A)/n with
     n = step/period + 1 (the initial weights are sample one), which loses no digits to a large product.
@@ -132,13 +147,13 @@ def average_of_span(start: State, end: State, start_samples: int, end_samples: i
     """Mean of the weights seen between two running means.
 
     A_end n_end = A_start n_start + (sum in between), so the mean in between is
-    A_end + (A_end - A_start) n_start / (n_end - n_start): the correction is small where the span is long, while
-    the direct (A_end n_end - A_start n_start)/(n_end - n_start) subtracts two large numbers.
+    A_end + (A_end - A_start) n_start / (n_end - n_start): the correction is small where the span is long,
+    while the direct (A_end n_end - A_start n_start)/(n_end - n_start) subtracts two large numbers.
     """
     if end_samples <= start_samples:
         raise UserError(
-            f"no running-average sample lies between the two epochs ({start_samples} and {end_samples} samples): "
-            "use a larger --avg, or --avg 1 without --use-averaged-model"
+            f"no running-average sample lies between the two epochs ({start_samples} and {end_samples} "
+            "samples): use a larger --avg, or --avg 1 without --use-averaged-model"
         )
     weight = start_samples / (end_samples - start_samples)
     out = {}
@@ -158,12 +173,14 @@ def average_of_states(states: List[State]) -> State:
     return out
 
 
-def select_weights(exp_dir: Path, epoch: int, avg: int, use_averaged_model: bool) -> Tuple[State, Dict[str, Any], str]:
+def select_weights(
+    exp_dir: Path, epoch: int, avg: int, use_averaged_model: bool
+) -> Tuple[State, Dict[str, Any], str]:
     """Weights for decoding -> (state dict, the checkpoint they end at, a description for file names).
 
     epoch: N for epoch-N.pt, 0 for the last one, -1 for best-valid.pt.
-    avg: how many epochs, ending at `epoch`; with `use_averaged_model` the mean of all weights in them (from the
-    running average), otherwise the mean of the epochs' last weights.
+    avg: how many epochs, ending at `epoch`; with `use_averaged_model` the mean of all weights in them (from
+    the running average), otherwise the mean of the epochs' last weights.
     """
     exp_dir = Path(exp_dir)
     if epoch == -1:

@@ -1,6 +1,6 @@
 """The experiment folder: what it keeps so that a result can be traced and a run resumed.
 
-    config.json   the resolved configuration      meta.json   commit, versions, command, parameter counts
+config.json   the resolved configuration      meta.json   commit, versions, command, parameter counts
 """
 
 import json
@@ -17,10 +17,12 @@ import torch
 from transducer_kd.config import PhaseConfig, to_dict
 from transducer_kd.log import UserError, write_json
 
-# Settings that may change between a run and its continuation: they say where and how often, not what is computed.
+# Settings that may change between a run and its continuation: they say where and how often, not what is
+# computed.
 _MAY_CHANGE = {
-    "train.log_every", "train.valid_every", "train.valid_wer_utterances", "train.save_every", "train.keep_last",
-    "train.num_threads", "train.max_nonfinite", "data.num_workers", "data.fbank_dir", "data.lang_dir",
+    "train.log_every", "train.valid_every", "train.valid_wer_utterances", "train.save_every",
+    "train.keep_last", "train.num_threads", "train.max_nonfinite", "data.num_workers",
+    "data.fbank_dir", "data.lang_dir",
 }  # fmt: skip
 
 
@@ -47,8 +49,8 @@ def prepare_exp_dir(exp_dir: Path, config: PhaseConfig, restart: bool) -> None:
         if differing:
             shown = ", ".join(f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in differing)
             raise UserError(
-                f"{exp_dir} holds a run with another configuration ({shown}); resume with the same one, use another "
-                "--exp-dir, or start again with --restart (the old run is moved aside, not deleted)"
+                f"{exp_dir} holds a run with another configuration ({shown}); resume with the same one, use "
+                "another --exp-dir, or start again with --restart (the old run is moved aside, not deleted)"
             )
     exp_dir.mkdir(parents=True, exist_ok=True)
     write_json(path, new)

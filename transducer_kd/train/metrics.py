@@ -12,7 +12,8 @@ from transducer_kd.log import UserError, atomic_write
 class MetricsWindow:
     """Sums since the last log line; `means` divides them by frames once.
 
-    It is part of a checkpoint, so that a run resumed in the middle of a window logs what the uninterrupted one did.
+    It is part of a checkpoint, so that a run resumed in the middle of a window logs what the uninterrupted
+    one did.
     """
 
     sums: Dict[str, float] = field(default_factory=dict)
@@ -41,7 +42,9 @@ class TrainLog:
 
     def __init__(self, path: Path, resume_step: int):
         self.path = Path(path)
-        kept = [line for line in read_train_log(self.path) if line["step"] <= resume_step] if resume_step else []
+        kept = (
+            [line for line in read_train_log(self.path) if line["step"] <= resume_step] if resume_step else []
+        )
         with atomic_write(self.path) as f:
             f.writelines(json.dumps(line) + "\n" for line in kept)
 
@@ -62,5 +65,7 @@ def read_train_log(path: Path) -> List[Dict[str, Any]]:
             out.append(json.loads(text))
         except json.JSONDecodeError:
             if number < len(lines):
-                raise UserError(f"{path}:{number} is not JSON; move the file away to start a new log") from None
+                raise UserError(
+                    f"{path}:{number} is not JSON; move the file away to start a new log"
+                ) from None
     return out

@@ -1,8 +1,9 @@
-"""The training loop. It knows no task: an Objective gives sums, the loop divides, updates, logs, saves and resumes.
+"""The training loop. It knows no task: an Objective gives sums, the loop divides, updates, logs, saves and
+resumes.
 
-Exactness: every random draw of an update comes from a generator seeded by (seed, update, rank), the data order from
-(seed, epoch), the learning rate from the update alone, and a checkpoint is only taken between updates. So a run that
-is killed and resumed goes through the same numbers as one that was not.
+Exactness: every random draw of an update comes from a generator seeded by (seed, update, rank), the data
+order from (seed, epoch), the learning rate from the update alone, and a checkpoint is only taken between
+updates. So a run that is killed and resumed goes through the same numbers as one that was not.
 """
 
 import contextlib
@@ -26,8 +27,9 @@ from transducer_kd.train import ddp
 from transducer_kd.train.metrics import MetricsWindow, TrainLog
 from transducer_kd.train.optim import build_grad_scaler, build_optimizer, learning_rate
 
-# Gradients are first accumulated of loss / 1024 and divided by the true frame count at the end. A power of two, so
-# that the detour changes no bit of the result; near a batch's frame count, so that fp16 gradients stay in range.
+# Gradients are first accumulated of loss / 1024 and divided by the true frame count at the end. A power of
+# two, so that the detour changes no bit of the result; near a batch's frame count, so that fp16 gradients
+# stay in range.
 _PROVISIONAL_FRAMES = 1024.0
 
 
@@ -56,8 +58,9 @@ class Validation:
 class Trainer:
     """Runs one phase in `exp_dir` to `config.train.max_steps` updates.
 
-    train_batches(epoch, start_batch) iterates over one epoch's batches from `start_batch` on; a batch has `.to(device)`,
-    `.audio_s`, `.cut_ids`, `.feature_lens`, `.y_lens`.  validate(objective, step) returns a Validation (rank 0 calls it).
+    train_batches(epoch, start_batch) iterates over one epoch's batches from `start_batch` on; a batch has
+    `.to(device)`, `.audio_s`, `.cut_ids`, `.feature_lens`, `.y_lens`.  validate(objective, step) returns a
+    Validation (rank 0 calls it).
     """
 
     def __init__(
@@ -81,7 +84,9 @@ class Trainer:
         if self.options.precision == "fp16" and device.type != "cuda":
             raise UserError("train.precision=fp16 needs a CUDA device; use bf16 or fp32 on this one")
         if self.options.precision == "bf16" and device.type == "cpu" and torch.__version__.startswith("1."):
-            raise UserError("train.precision=bf16 on a CPU needs torch 2 (--env modern); use fp32 with this torch")
+            raise UserError(
+                "train.precision=bf16 on a CPU needs torch 2 (--env modern); use fp32 with this torch"
+            )
         self.scaler = build_grad_scaler(self.options.precision == "fp16")
         self.progress, self.window = Progress(), MetricsWindow()
         self.average = ckpt.start_running_average(self.objective.model)
@@ -134,8 +139,8 @@ class Trainer:
                 self._update(pending, data_seconds)
             if state.batch_in_epoch == 0:
                 raise UserError(
-                    f"epoch {state.epoch} has no batch: every cut of data.train_parts was dropped or the manifest is "
-                    "empty (see the counts above)"
+                    f"epoch {state.epoch} has no batch: every cut of data.train_parts was dropped or the "
+                    "manifest is empty (see the counts above)"
                 )
             finished = state.epoch
             state.epoch, state.batch_in_epoch = finished + 1, 0
@@ -172,7 +177,9 @@ class Trainer:
             return
         state.step += 1
         self.objective.after_step(state.step)
-        ckpt.update_running_average(self.average, self.objective.model, state.step, self.options.average_period)
+        ckpt.update_running_average(
+            self.average, self.objective.model, state.step, self.options.average_period
+        )
         state.audio_s += totals.pop("audio_s")
         self.window.add({n: v for n, v in totals.items() if n != "num_frames"}, totals["num_frames"])
         self.window.updates += 1
@@ -183,12 +190,14 @@ class Trainer:
         self._after_update(batches[-1], rate)
 
     def _forward_backward(self, batch: Any, step: int, totals: Dict[str, float], last: bool) -> bool:
-        """Add one batch's gradients and sums; False when its loss was not finite (the update is then dropped)."""
+        """Add one batch's gradients and sums; False when its loss was not finite (no update then)."""
         batch = batch.to(self.device)
         try:
             # Gradients travel between ranks once an update, with the last of the accumulated batches.
             with contextlib.nullcontext() if last else ddp.no_sync(self.wrapped):
-                with torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=bool(self.autocast_dtype)):
+                with torch.autocast(
+                    self.device.type, dtype=self.autocast_dtype, enabled=bool(self.autocast_dtype)
+                ):
                     output: LossOutput = self.wrapped(batch, step)
                 bad = ddp.all_reduce_sum([0.0 if bool(torch.isfinite(output.loss_sum)) else 1.0])[0]
                 if bad:
@@ -220,24 +229,26 @@ class Trainer:
         state.nonfinite += 1
         path = self.exp_dir / f"nonfinite-{state.step}-rank{ddp.rank()}.pt"
         shapes = [
-            f"{cut} (T={int(t)}, U={int(u)})" for cut, t, u in zip(batch.cut_ids, batch.feature_lens, batch.y_lens)
+            f"{cut} (T={int(t)}, U={int(u)})"
+            for cut, t, u in zip(batch.cut_ids, batch.feature_lens, batch.y_lens)
         ]
         ckpt.save_checkpoint(path, {k: v for k, v in vars(batch).items()})
         message = f"{what} is not finite at update {state.step}; batch saved in {path}: {', '.join(shapes)}"
         if state.nonfinite > self.options.max_nonfinite:
             raise UserError(
-                f"{message}. That is number {state.nonfinite}, train.max_nonfinite={self.options.max_nonfinite}: "
-                "look at these cuts, lower optim.lr, or use train.precision=fp32"
+                f"{message}. That is number {state.nonfinite}, "
+                f"train.max_nonfinite={self.options.max_nonfinite}: look at these cuts, lower "
+                "optim.lr, or use train.precision=fp32"
             )
         logging.warning("%s. Skipped (%d so far)", message, state.nonfinite)
 
     def _out_of_memory(self, batch: Any) -> str:
         cuts = ", ".join(batch.cut_ids[:8]) + (" ..." if len(batch.cut_ids) > 8 else "")
         return (
-            f"the GPU ran out of memory at update {self.progress.step} with {len(batch.cut_ids)} utterances of up to "
-            f"T={int(batch.feature_lens.max())} frames and U={int(batch.y_lens.max())} tokens ({cuts}); lower "
-            f"data.max_duration_s (now {self.config.data.max_duration_s:g}) or data.max_cut_s, and raise "
-            "train.accumulate to keep the batch size"
+            f"the GPU ran out of memory at update {self.progress.step} with {len(batch.cut_ids)} "
+            f"utterances of up to T={int(batch.feature_lens.max())} frames and U={int(batch.y_lens.max())} tokens "
+            f"({cuts}); lower data.max_duration_s (now {self.config.data.max_duration_s:g}) or data.max_cut_s, "
+            "and raise train.accumulate to keep the batch size"
         )
 
     # ---------------------------------------------------------------- log, validate, save, resume
@@ -268,8 +279,10 @@ class Trainer:
             return
         losses = ", ".join(f"{k}={v:.4f}" for k, v in means.items() if k != "grad_norm")
         logging.info(
-            "Epoch %d, batch %d, global_batch_idx: %d, batch size: %d, loss[%s], lr: %.2e, grad norm: %.2f, %.0f audio-s/s",
-            state.epoch, state.batch_in_epoch, state.step, len(batch.cut_ids), losses, rate, means["grad_norm"], throughput,
+            "Epoch %d, batch %d, global_batch_idx: %d, batch size: %d, loss[%s], lr: %.2e, grad norm: %.2f, "
+            "%.0f audio-s/s",
+            state.epoch, state.batch_in_epoch, state.step, len(batch.cut_ids), losses, rate,
+            means["grad_norm"], throughput,
         )  # fmt: skip
         line = {"kind": "train", "step": state.step, "epoch": state.epoch, **means, "lr": rate}
         self.log.append({**line, "audio_s_per_s": throughput, "elapsed_s": elapsed_s})
@@ -286,16 +299,30 @@ class Trainer:
         self.objective.train()
         shown = ", ".join(f"{k}={v:.4f}" for k, v in result.metrics.items())
         logging.info(
-            "Epoch %d, validation at %d: %s (%.1f s)", state.epoch, state.step, shown, time.perf_counter() - start
+            "Epoch %d, validation at %d: %s (%.1f s)",
+            state.epoch,
+            state.step,
+            shown,
+            time.perf_counter() - start,
         )
-        self.log.append({"kind": "valid", "step": state.step, "epoch": state.epoch, **result.metrics, "elapsed_s": state.elapsed_s})
+        self.log.append(
+            {
+                "kind": "valid",
+                "step": state.step,
+                "epoch": state.epoch,
+                **result.metrics,
+                "elapsed_s": state.elapsed_s,
+            }
+        )
         for name, value in result.metrics.items():
             self.writer.add_scalar(f"valid/{name}", value, state.step)
         for name, image in result.images.items():
             self.writer.add_image(f"valid/{name}", image.unsqueeze(0), state.step)
         if result.texts:
             rows = "\n".join(f"| {c} | {r} | {h} |" for c, r, h in result.texts)
-            self.writer.add_text("valid/hypotheses", f"| cut | reference | hypothesis |\n|---|---|---|\n{rows}", state.step)
+            self.writer.add_text(
+                "valid/hypotheses", f"| cut | reference | hypothesis |\n|---|---|---|\n{rows}", state.step
+            )
         if result.metrics["loss"] < state.best_valid_loss:
             state.best_valid_loss = result.metrics["loss"]
             self._save("best-valid.pt")
@@ -347,9 +374,17 @@ class Trainer:
 
     def _log_peak_memory(self) -> None:
         peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        gpu = f", GPU {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB" if self.device.type == "cuda" else ""
+        gpu = (
+            f", GPU {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB" if self.device.type == "cuda" else ""
+        )
         rate = self.progress.audio_s / max(self.progress.elapsed_s, 1e-9)
-        logging.info("%d updates, %.0f audio-s/s overall, peak memory %.0f MiB%s", self.progress.step, rate, peak_mb, gpu)
+        logging.info(
+            "%d updates, %.0f audio-s/s overall, peak memory %.0f MiB%s",
+            self.progress.step,
+            rate,
+            peak_mb,
+            gpu,
+        )
 
 
 def _progress_bar(total: int, done: int) -> Any:
@@ -359,4 +394,3 @@ def _progress_bar(total: int, done: int) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, initial=done, desc="updates", dynamic_ncols=True)
-
