@@ -245,10 +245,10 @@ class Trainer:
     def _out_of_memory(self, batch: Any) -> str:
         cuts = ", ".join(batch.cut_ids[:8]) + (" ..." if len(batch.cut_ids) > 8 else "")
         return (
-            f"the GPU ran out of memory at update {self.progress.step} with {len(batch.cut_ids)} "
-            f"utterances of up to T={int(batch.feature_lens.max())} frames and U={int(batch.y_lens.max())} tokens "
-            f"({cuts}); lower data.max_duration_s (now {self.config.data.max_duration_s:g}) or data.max_cut_s, "
-            "and raise train.accumulate to keep the batch size"
+            f"the GPU ran out of memory at update {self.progress.step} with {len(batch.cut_ids)} utterances "
+            f"of up to T={int(batch.feature_lens.max())} frames and U={int(batch.y_lens.max())} tokens "
+            f"({cuts}); lower data.max_duration_s (now {self.config.data.max_duration_s:g}) or "
+            "data.max_cut_s, and raise train.accumulate to keep the batch size"
         )
 
     # ---------------------------------------------------------------- log, validate, save, resume
