@@ -33,7 +33,7 @@ for env in $envs; do
     continue
   fi
   if [ "$is_linted" = 0 ]; then
-    "$venv/bin/python" -m ruff check . || exit 1
+    "$venv/bin/python" -m ruff check . && "$venv/bin/python" -m ruff format --check . || exit 1
     is_linted=1
   fi
   echo "== $env: $("$venv/bin/python" -c "import platform, torch; print('Python', platform.python_version(), 'torch', torch.__version__)")"

@@ -104,6 +104,9 @@ check_options() {
     [ -z "${!name}" ] || sources=$((sources + 1))
   done
   [ "$sources" -le 1 ] || fail "give one of --corpus-dir, --csv, --kaldi-dir, --manifest-dir, not $sources of them"
+  # Stages run in the top folder of the project, while paths are given from where the user is.
+  corpus_dir=$(absolute "$corpus_dir") manifest_dir=$(absolute "$manifest_dir")
+  csv=$(absolute $csv) kaldi_dir=$(absolute $kaldi_dir)
   is_named_corpus=1
   if [ "$sources" = 1 ] && { [ -z "$corpus_dir" ] || [[ $given != *" corpus "* ]]; }; then
     is_named_corpus=0
@@ -118,6 +121,17 @@ check_options() {
   if [ -z "$vocab_size" ]; then
     case $scale in smoke) vocab_size=60 ;; mini) vocab_size=100 ;; *) vocab_size=500 ;; esac
   fi
+}
+
+# Absolute paths for a list of PATH or PART=PATH.
+absolute() {
+  local item part path out=""
+  for item in "$@"; do
+    path=${item#*=} part=${item%"${item#*=}"}
+    case $path in "" | /*) ;; *) path=$PWD/$path ;; esac
+    out+="${out:+ }$part$path"
+  done
+  echo "$out"
 }
 
 # The folder's name for people's own data: /speech/my-corpus -> my-corpus, train=/speech/cars/train.csv -> cars.
@@ -138,7 +152,10 @@ default_corpus_name() {
 activate_environment() {
   local venv had_stamp=0
   if [ -z "$env" ] && [ -s "$root/.venv-default" ]; then env=$(cat "$root/.venv-default"); fi
-  if [ -z "$env" ]; then "$root/tools/setup.sh" && env=$(cat "$root/.venv-default"); fi
+  if [ -z "$env" ]; then
+    "$root/tools/setup.sh" || fail "there is no usable environment; see above, and ask: python3 tools/check_env.py"
+    env=$(cat "$root/.venv-default")
+  fi
   venv=$root/.venv
   [ "$env" = k2 ] || venv=$root/.venv-$env
   [ ! -s "$venv/.setup-stamp" ] || had_stamp=1
@@ -285,7 +302,7 @@ on_exit() {
   local what="failed"
   case $status in 130 | 143) what="was stopped" ;; esac
   echo "$(date '+%Y-%m-%d %H:%M:%S') ERROR stage $current_stage ($current_name) $what (status $status)." \
-    "${stage_log:+Its output is in $stage_log.} The same command goes on from here; --force starts the stage anew." >&2
+    "${stage_log:+Its output is in $stage_log. }The same command goes on from here; --force starts the stage anew." >&2
   exit "$status"
 }
 
@@ -310,7 +327,11 @@ feature_fingerprint() {
 # $1: phase
 phase_fingerprint() {
   feature_fingerprint "$1"
-  echo "phase=$1 set=${set_args[*]-} config=$(cat "$conf_dir"/*.yaml | cksum)"
+  # Of this phase's settings only, without comments: a new phase beside it is no reason to train this one again.
+  local base
+  base=$(sed -n 's/^base: *//p' "$conf_dir/$1.yaml")
+  echo "phase=$1 set=${set_args[*]-}" \
+    "config=$(cat "$conf_dir/$1.yaml" ${base:+"$conf_dir/$base"} | sed 's/ *#.*//; /^$/d' | cksum)"
 }
 # $1: phases, $2: methods. A phase that was trained anew is decoded anew, also with the same options.
 decode_fingerprint() {
@@ -366,7 +387,7 @@ train_phase() {
   shift
   train=$(parts_of train) dev=$(parts_of dev)
   [ -n "$dev" ] || fail "the corpus has no part to validate on; name one with --dev-parts and run stage 0 again"
-  [ "$nproc" = 1 ] || launcher=(python -m torch.distributed.run --standalone --nproc-per-node "$nproc")
+  [ "$nproc" = 1 ] || launcher=(python -m torch.distributed.run --standalone --nproc_per_node "$nproc")
   local args=(--config "$conf_dir/$phase.yaml" --exp-dir "$exp_root/$phase" --device "$device"
     --set "corpus=$corpus_name" --set "data.fbank_dir=$fbank_dir" --set "data.lang_dir=$lang_dir"
     --set "data.train_parts=$train" --set "data.valid_part=${dev%% *}")
