@@ -217,6 +217,22 @@ def test_the_modern_environment_is_the_default_without_python_3_10(sandbox):
     assert sandbox.setup("--no-kaldifeat") == ""
 
 
+def test_uv_gets_the_python_that_is_missing(sandbox):
+    python = sandbox.add_python("3.10", name="../uv/bin/python")
+    sandbox.add(
+        "uv",
+        f"""case "$1 $2" in
+  "--version ") ;;
+  "python install") echo "uv install $3" >>"$FAKE/calls" ;;
+  "python find") [ -e "$FAKE/calls" ] && echo {python} ;;
+esac""",
+    )
+    output = sandbox.setup("--no-kaldifeat")
+    assert str(python) in output and "uv python install 3.10" in output
+    assert sandbox.calls() == ["uv install 3.10", "venv", "install pins"]
+    assert (sandbox.root / ".venv-default").read_text() == "k2\n"
+
+
 @pytest.mark.parametrize(
     "capability, env", [("9.0", "modern"), ("12.0", "modern"), ("8.6", "k2"), ("7.5", "k2")]
 )
