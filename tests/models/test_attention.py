@@ -59,6 +59,15 @@ def test_rotation_makes_scores_depend_on_distance_only():
     assert torch.allclose(rotated_q.norm(dim=1), q.norm().expand(3000), atol=1e-5)
 
 
+def test_a_table_that_grew_in_inference_mode_still_serves_training():
+    rotary = RotaryTable(8, max_len=4)
+    with torch.inference_mode():
+        rotary(9, CPU)
+    x = torch.randn(1, 9, 1, 1, 8, requires_grad=True)
+    rotate(x, rotary(9, CPU)).sum().backward()
+    assert x.grad.isfinite().all()
+
+
 @pytest.mark.parametrize(
     "head_dim", [8, 12]
 )  # 12: more than the model dimension's share, as after growing a head

@@ -37,10 +37,12 @@ class RotaryTable(nn.Module):
 
     def forward(self, length: int, device: torch.device) -> Tensor:
         """(2, length, 1, 1, E/2): cos and sin for the positions 0 .. length-1."""
-        if length > self._table.size(1):
-            self._table = self._compute(2 * int(length))
-        if self._table.device != device:
-            self._table = self._table.to(device)
+        if length > self._table.size(1) or self._table.device != device:
+            # A table made in inference mode would be of no use to a backward pass ever after.
+            with torch.inference_mode(False):
+                if length > self._table.size(1):
+                    self._table = self._compute(2 * int(length))
+                self._table = self._table.to(device)
         return self._table[:, :length]
 
 
