@@ -6,6 +6,9 @@ import collections
 import dataclasses
 import itertools
 import logging
+import multiprocessing
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -107,6 +110,25 @@ def test_workers_change_nothing(build, prepared, on_the_fly):
     for workers in (1, 2):
         found = list(itertools.islice(build(num_workers=workers, **settings).train_batches(2), 6))
         assert_same(found, expected)
+
+
+def test_a_signal_to_stop_leaves_the_workers_alone(build):
+    expected = list(build().train_batches(1))
+    batches = build(num_workers=2).train_batches(1)
+    found = [next(batches)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+    assert_same(found + list(batches), expected)
+
+
+def test_noise_is_only_read_for_training(build):
+    data = build(on_the_fly_feats=True, musan_cuts="nowhere.jsonl.gz")
+    assert len(ids_of(data.test_batches("test", 8.0))) == 10
+    with pytest.raises(UserError, match="nowhere.jsonl.gz"):
+        next(data.train_batches(1))
 
 
 def test_features_on_the_fly_equal_the_stored_ones(build):

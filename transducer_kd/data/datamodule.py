@@ -10,6 +10,7 @@ T feature frames, T' encoder frames, U tokens.
 import itertools
 import logging
 import random
+import signal
 import warnings
 from pathlib import Path
 from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
@@ -56,7 +57,7 @@ class DataModule:
         if cfg.musan_cuts and not cfg.on_the_fly_feats:
             raise UserError("data.musan_cuts mixes noise into audio: it needs data.on_the_fly_feats=true")
         self._extractor = FeatureExtractor() if cfg.on_the_fly_feats else None
-        self._mixer = self._build_mixer()
+        self._mixer: Optional[NoiseMixer] = None  # read when training begins: decoding needs no noise
 
     # ---------------------------------------------------------------- batches
 
@@ -66,6 +67,8 @@ class DataModule:
         An epoch holds every usable cut; with several ranks a few of its last ones may come twice, so that no
         rank runs dry. Raises UserError when a cut cannot be read.
         """
+        if self.cfg.musan_cuts and self._mixer is None:
+            self._mixer = self._build_mixer()
         drawn = enumerate(self._draw(epoch))
         rank_text = f"/{self.rank}" if self.world_size > 1 else ""
         dataset = CutDataset(
@@ -207,16 +210,10 @@ class DataModule:
     def _plain_dataset(self) -> CutDataset:
         return CutDataset(self.tokenizer, self._extractor)
 
-    def _build_mixer(self) -> Optional[NoiseMixer]:
-        if not self.cfg.musan_cuts:
-            return None
+    def _build_mixer(self) -> NoiseMixer:
         noises = [cut.resample(SAMPLING_RATE) for cut in read_cuts(Path(self.cfg.musan_cuts))]
         if not noises:
             raise UserError(f"data.musan_cuts={self.cfg.musan_cuts} holds no cut")
-        if len(self.cfg.musan_snr_db) != 2:
-            raise UserError(
-                f"data.musan_snr_db={self.cfg.musan_snr_db} must be two numbers: lowest and highest"
-            )
         return NoiseMixer(noises, self.cfg.musan_prob, self.cfg.musan_snr_db)
 
 
@@ -266,13 +263,22 @@ def duration_bins(cuts: Sequence[Cut], num_buckets: int) -> List[float]:
     return limits[: max(1, num_buckets - 1)]
 
 
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A signal to stop often goes to the whole process group. The training answers it by saving, for which it
+    may still need batches; a worker ends when the training has ended.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _load(dataset: CutDataset, items: Iterable[Tuple[int, List[Cut]]], num_workers: int) -> Iterator[Batch]:
     """Batches of `items` in order; a UserError met on the way is raised here."""
     if num_workers > 0:
         # A generator of its own: else asking for batches would move on the random state of the training.
         loader = torch.utils.data.DataLoader(
-            dataset, sampler=items, batch_size=None, num_workers=num_workers, generator=torch.Generator()
-        )
+            dataset, sampler=items, batch_size=None, num_workers=num_workers, generator=torch.Generator(),
+            worker_init_fn=_leave_signals_to_the_parent,
+        )  # fmt: skip
         results = iter(loader)
     else:
         results = (dataset[item] for item in items)
