@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from transducer_kd.decode.greedy import UNK_ID, GreedySearcher, greedy_search
+from transducer_kd.data.tokenizer import UNK_ID
+from transducer_kd.decode.greedy import GreedySearcher, greedy_search
 
 LENS = [9, 4, 1, 7]
 

@@ -1,4 +1,6 @@
 import builtins
+import errno
+import io
 import math
 
 import pytest
@@ -122,6 +124,20 @@ def test_lattices_are_saved_and_loaded(searched, tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["lattices.pt"]
 
 
+def test_a_full_disk_while_saving_is_an_error_that_leaves_no_file(searched, tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def only_into_memory(content, target):
+        assert isinstance(target, io.BytesIO), "torch 1.13 aborts when a write of its own fails"
+
+    monkeypatch.setattr(torch, "save", only_into_memory)
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match="lattices.pt"):
+        lat.save_lattices(tmp_path / "lattices.pt", searched[2], ["a", "b", "c", "d"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_unreadable_lattice_files_are_named(k2, tmp_path):
     with pytest.raises(UserError, match="gone.pt does not exist"):
         lat.load_lattices(tmp_path / "gone.pt")
@@ -142,7 +158,7 @@ def test_lattice_oracle_finds_a_reference_that_is_in_the_nbest(searched):
     _, _, lattice = searched
     nbests = lat.nbest(lattice, num_paths=50)
     refs = [[str(t) for t in hyps[-1].tokens] for hyps in nbests]
-    chosen = lat.nbest_oracle(lattice, refs, lambda tokens: [str(t) for t in tokens], num_paths=50)
+    chosen = lat.oracle(nbests, refs, lambda tokens: [str(t) for t in tokens])
     assert [[str(t) for t in h.tokens] for h in chosen] == refs
 
 

@@ -4,7 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from transducer_kd.models.subsampling import MIN_FEATURE_FRAMES, ConvSubsampling, subsampled_lens
+from transducer_kd.models.subsampling import (
+    LOOKAHEAD_FRAMES,
+    MIN_FEATURE_FRAMES,
+    SUBSAMPLING_FACTOR,
+    ConvSubsampling,
+    subsampled_lens,
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +31,7 @@ def test_length_formula_on_tensors_and_short_input():
 
 
 def test_a_chunk_window_gives_exactly_its_frames():
-    assert [subsampled_lens(4 * chunk + 3) for chunk in (1, 2, 8, 16)] == [1, 2, 8, 16]
+    assert [subsampled_lens(SUBSAMPLING_FACTOR * chunk + LOOKAHEAD_FRAMES) for chunk in (1, 2, 8, 16)] == [1, 2, 8, 16]
 
 
 def test_frame_depends_on_its_seven_feature_frames_only(subsampling):

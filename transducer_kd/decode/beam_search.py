@@ -11,7 +11,8 @@ from typing import Any, List, Tuple
 
 import torch
 
-from transducer_kd.decode.greedy import UNK_ID, Hypothesis
+from transducer_kd.data.tokenizer import UNK_ID
+from transducer_kd.decode.greedy import Hypothesis
 
 
 @dataclass

@@ -8,9 +8,7 @@ from typing import Any, List
 
 import torch
 
-# Token id of <unk> in every lang folder. It stands for no word, so emitting it is always an error; like the
-# device runtime (sherpa-onnx) the searches move on as if it were blank.
-UNK_ID = 2
+from transducer_kd.data.tokenizer import UNK_ID
 
 
 @dataclass
@@ -56,6 +54,8 @@ class GreedySearcher:
             logits = self.model.joiner(encoder_frame, self.decoder_out, project_input=False)
             best, token = logits.max(dim=-1)
             self.scores += (best - logits.logsumexp(dim=-1)) * active
+            # <unk> stands for no word, so emitting it is always an error; like the device runtime
+            # (sherpa-onnx) the searches move on as if it were blank.
             active = active & (token != self.model.blank_id) & (token != UNK_ID)
             index = active.nonzero().squeeze(1)
             if not index.numel():

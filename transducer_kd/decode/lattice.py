@@ -11,6 +11,7 @@ k2 is imported when first needed: programs that never build a lattice run withou
 Shapes: N streams, T' encoder frames, V vocabulary.
 """
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, List, Sequence, Tuple
@@ -175,25 +176,20 @@ def oracle(
     return chosen
 
 
-def nbest_oracle(
-    lattice: Any,
-    refs: Sequence[Sequence[str]],
-    to_words: Callable[[List[int]], List[str]],
-    num_paths: int = 200,
-    nbest_scale: float = 0.5,
-) -> List[Hypothesis]:
-    """What a perfect second pass over the n-best of each lattice would choose. See `nbest` and `oracle`."""
-    return oracle(nbest(lattice, num_paths, nbest_scale), refs, to_words)
-
-
 def save_lattices(path: Path, lattice: Any, cut_ids: Sequence[str]) -> None:
     """Write the lattices of one batch and the cuts they belong to, in order. Atomic."""
+    # Through memory: torch 1.13's writer ends the whole process when the disk is full.
+    buffer = io.BytesIO()
+    torch.save({"cut_ids": list(cut_ids), "arcs": lattice.to("cpu").as_dict()["arcs"]}, buffer)
     with atomic_write(path, "wb") as f:
-        torch.save({"cut_ids": list(cut_ids), "arcs": lattice.to("cpu").as_dict()["arcs"]}, f)
+        f.write(buffer.getbuffer())
 
 
 def load_lattices(path: Path) -> Tuple[List[str], Any]:
-    """Read what `save_lattices` wrote -> cut ids, k2.Fsa. UserError for a file that is missing or not one."""
+    """Read what `save_lattices` wrote -> cut ids, k2.Fsa. UserError for a file that is missing or not one.
+
+    For a second pass over first-pass lattices, which then need not be made again.
+    """
     k2 = import_k2()
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

@@ -10,10 +10,7 @@ import torch.nn.functional as F
 
 from transducer_kd.decode.greedy import GreedySearcher, Hypothesis
 from transducer_kd.log import UserError
-from transducer_kd.models.subsampling import subsampled_lens
-
-# A chunk of encoder frames needs the features of its own 4*chunk_size frames and these after them.
-_LOOKAHEAD = 3
+from transducer_kd.models.subsampling import LOOKAHEAD_FRAMES, SUBSAMPLING_FACTOR, subsampled_lens
 
 
 @torch.inference_mode()
@@ -37,14 +34,14 @@ def streaming_greedy_search(
             "streaming decoding needs a chunk size, but this model was trained with full context "
             "(model.encoder.chunk_size=0); pass --chunk-size, e.g. 16, or leave streaming_greedy_search out"
         )
-    advance = 4 * chunk_size
+    advance = SUBSAMPLING_FACTOR * chunk_size
     num_chunks = -(-int(subsampled_lens(x_lens).max()) // chunk_size)
-    tail = num_chunks * advance + _LOOKAHEAD - x.size(1)
+    tail = num_chunks * advance + LOOKAHEAD_FRAMES - x.size(1)
     x = F.pad(x, (0, 0, 0, max(0, tail)))
     state = model.encoder.streaming_init(x.size(0), x.device)
     searcher = GreedySearcher(model, x.size(0), x.device, max_sym_per_frame)
     for start in range(0, num_chunks * advance, advance):
-        end = start + advance + _LOOKAHEAD
+        end = start + advance + LOOKAHEAD_FRAMES
         lens = (x_lens - start).clamp(min=0, max=end - start)
         encoder_out, encoder_out_lens, state = model.encoder.streaming_forward(x[:, start:end], lens, state)
         searcher.advance(encoder_out, encoder_out_lens)

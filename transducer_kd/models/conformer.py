@@ -24,7 +24,13 @@ from torch import Tensor, nn
 from transducer_kd.config import EncoderConfig
 from transducer_kd.models.attention import RotaryTable, SelfAttention
 from transducer_kd.models.masks import attention_bias, sequence_bias, valid_mask
-from transducer_kd.models.subsampling import MIN_FEATURE_FRAMES, ConvSubsampling, subsampled_lens
+from transducer_kd.models.subsampling import (
+    LOOKAHEAD_FRAMES,
+    MIN_FEATURE_FRAMES,
+    SUBSAMPLING_FACTOR,
+    ConvSubsampling,
+    subsampled_lens,
+)
 
 
 class StreamingState(NamedTuple):
@@ -215,7 +221,7 @@ class Conformer(nn.Module):
         Returns:
             encoder_out (N, chunk, D), out_lens (N,) and the state for the next chunk.
         """
-        if x.size(1) < MIN_FEATURE_FRAMES or x.size(1) % 4 != 3:
+        if x.size(1) < MIN_FEATURE_FRAMES or x.size(1) % SUBSAMPLING_FACTOR != LOOKAHEAD_FRAMES:
             raise ValueError(f"a streaming chunk has 4*chunk_size+3 feature frames, not {x.size(1)}")
         out_lens = subsampled_lens(x_lens)
         out, attn, conv = self.streaming_core(

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 Lens = TypeVar("Lens", int, Tensor)
 
+SUBSAMPLING_FACTOR = 4  # feature frames from one encoder frame to the next
+LOOKAHEAD_FRAMES = 3  # feature frames that c encoder frames need besides their own 4c
 MIN_FEATURE_FRAMES = 7  # the fewest feature frames that give one encoder frame
 
 # Natural-log mel energies of samples in [-1, 1] lie between about -16 (silence) and 0. A fixed map to zero
