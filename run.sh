@@ -41,6 +41,8 @@ and about it
                                (default: those of the corpus, or guessed from their names)
   --bad-audio error|skip       a faulty utterance stops stage 0 or 1 (default), or is left out and listed
   --resample                   accept audio that is not 16 kHz
+  --channel N                  take channel N (from 0) of audio that has several
+  --text-norm upper|none       transcripts in capitals without punctuation, as LibriSpeech's (default), or as they are
   --on-the-fly-feats           compute features while training instead of storing them
 
 Model and training

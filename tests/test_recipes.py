@@ -158,6 +158,7 @@ class TestWholeRun:
         output = smoke.run("--stage", "1", "--stop-stage", "1", "--force", status=1)
         last = output.strip().splitlines()[-1]
         assert "ERROR stage 1 (features and BPE) failed" in last and "stage-1-features.log" in last
+        assert "The same command without --force goes on from here" in last
         assert "run stage 0 first" in output
 
 
@@ -183,6 +184,10 @@ class TestWholeRun:
         (["--corpus-dir", "b", "--corpus-name", "a/b"], ["--corpus-name a/b"]),
         (["--full-libri", "yes"], ["yes is not an option"]),
         (["--full-libri=yes"], ["--full-libri takes 0 or 1"]),
+        (["--full-libri", "1"], ["--full-libri 1", "--corpus librispeech"]),
+        (["--full-libri", "1", "--corpus-dir", "b"], ["--full-libri 1", "--corpus librispeech"]),
+        (["--channel", "left"], ["--channel must be a whole number"]),
+        (["--text-norm", "lower"], ["--text-norm takes upper or none"]),
         (["--env", "conda"], ["--env conda is not one of"]),
         (["--nproc", "0"], ["--nproc must be at least 1"]),
     ],
@@ -208,6 +213,27 @@ def test_help_names_every_option(project):
     missing = [name for name in (*names, "set", "recipe") if f"--{name}" not in done.stdout]
     assert missing == []
     assert max(len(line) for line in done.stdout.splitlines()) <= 120
+
+
+def test_channel_and_text_norm_reach_the_manifests(project, tmp_path):
+    """What the data programs recommend has to work through run.sh: its own words are run, not a stage."""
+    script = f"""
+      recipe=two_pass recipe_dir={project.root}/egs/librispeech/two_pass last_stage=6
+      source {project.root}/egs/librispeech/common.sh
+      parse_options --corpus-dir {tmp_path} --scale smoke "$@"
+      manifests_dir=m fbank_dir=f lang_dir=l
+      run() {{ echo "$@"; }}; parts_of() {{ echo train; }}; config_value() {{ echo False; }}
+      data_fingerprint; stage_data; stage_features teacher
+      trap - EXIT
+    """
+    options = ["--channel", "1", "--text-norm", "none"]
+    lines = subprocess.run(
+        ["bash", "-c", script, "run.sh", *options], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert "channel=1" in lines and "text_norm=none" in lines
+    manifests = next(line for line in lines if "prepare_manifests.py" in line)
+    assert "--channel 1" in manifests and "--text-norm none" in manifests
+    assert "--text-norm none" in next(line for line in lines if "prepare_lang.py" in line)
 
 
 def test_a_misspelt_setting_is_an_error_before_the_first_stage(project):

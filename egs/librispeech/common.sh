@@ -19,7 +19,8 @@ fail() {
 
 # name=default. A name with a dash becomes a variable with an underscore. Switches may stand alone or take 0 or 1.
 value_options="stage=0 stop-stage= corpus=synthetic corpus-dir= corpus-name= csv= kaldi-dir= manifest-dir=
-  train-parts= dev-parts= test-parts= unlabelled-parts= bad-audio=error scale= vocab-size= nproc=1 device=auto env="
+  train-parts= dev-parts= test-parts= unlabelled-parts= bad-audio=error channel= text-norm=upper scale= vocab-size= nproc=1
+  device=auto env="
 switch_options="full-libri=0 resample=0 on-the-fly-feats=0 controls=0 force=0"
 
 # Known option nearest to $1 by edit distance, if it is near at all.
@@ -86,7 +87,7 @@ parse_options() {
 # Refuses what cannot work before anything is started. $1: the names that were given.
 check_options() {
   local given=$1 name sources=0 scales
-  for name in stage stop_stage vocab_size nproc; do
+  for name in stage stop_stage vocab_size nproc channel; do
     [[ ${!name} =~ ^[0-9]*$ ]] || fail "--${name//_/-} must be a whole number, not ${!name}"
   done
   stop_stage=${stop_stage:-$((stage > last_stage ? stage : last_stage))}
@@ -99,6 +100,7 @@ check_options() {
       "--corpus-dir, --manifest-dir, --csv or --kaldi-dir" ;;
   esac
   case $bad_audio in error | skip) ;; *) fail "--bad-audio takes error or skip, not $bad_audio" ;; esac
+  case $text_norm in upper | none) ;; *) fail "--text-norm takes upper or none, not $text_norm" ;; esac
   case $env in "" | k2 | modern) ;; *) fail "--env $env is not one of k2, modern" ;; esac
   for name in corpus_dir csv kaldi_dir manifest_dir; do
     [ -z "${!name}" ] || sources=$((sources + 1))
@@ -113,6 +115,8 @@ check_options() {
     [[ $given != *" corpus "* ]] || fail "--corpus $corpus goes with no other source than --corpus-dir"
     [ -n "$corpus_name" ] || corpus_name=$(default_corpus_name)
   fi
+  [ "$full_libri" = 0 ] || [ "$is_named_corpus $corpus" = "1 librispeech" ] ||
+    fail "--full-libri 1 says which parts of --corpus librispeech to use; for other data name them with --train-parts"
   corpus_name=${corpus_name:-$corpus}
   [[ $corpus_name =~ ^[A-Za-z0-9_.-]+$ ]] || fail "--corpus-name $corpus_name: use letters, digits, '_', '.' and '-'"
   if [ -z "$scale" ]; then [ "$corpus_name" = synthetic ] && scale=mini || scale=small; fi
@@ -301,8 +305,10 @@ on_exit() {
   end_stage_log
   local what="failed"
   case $status in 130 | 143) what="was stopped" ;; esac
+  local next="The same command goes on from here; --force starts the stage anew."
+  [ "$force" = 0 ] || next="The same command without --force goes on from here; with it the stage starts anew."
   echo "$(date '+%Y-%m-%d %H:%M:%S') ERROR stage $current_stage ($current_name) $what (status $status)." \
-    "${stage_log:+Its output is in $stage_log. }The same command goes on from here; --force starts the stage anew." >&2
+    "${stage_log:+Its output is in $stage_log. }$next" >&2
   exit "$status"
 }
 
@@ -315,7 +321,7 @@ trap on_signal INT TERM HUP
 data_fingerprint() {
   local name
   for name in corpus_name corpus is_named_corpus full_libri corpus_dir csv kaldi_dir manifest_dir train_parts dev_parts \
-    test_parts unlabelled_parts bad_audio resample; do
+    test_parts unlabelled_parts bad_audio resample channel text_norm; do
     echo "$name=${!name}"
   done
   [ "$corpus" != synthetic ] || echo "synthetic=$([ "$scale" = smoke ] && echo smoke || echo mini)"
@@ -345,13 +351,14 @@ decode_fingerprint() {
 
 # What prepare_manifests.py is told about the parts and the checks; lists are split on purpose.
 stage_data() {
-  local args=(--output-dir "$manifests_dir" --bad-audio "$bad_audio") name
+  local args=(--output-dir "$manifests_dir" --bad-audio "$bad_audio" --text-norm "$text_norm") name
   for name in train_parts dev_parts test_parts unlabelled_parts csv kaldi_dir; do
     [ -z "${!name}" ] || args+=("--${name//_/-}" ${!name})
   done
   [ -z "$corpus_dir" ] || args+=(--corpus-dir "$corpus_dir")
   [ -z "$manifest_dir" ] || args+=(--manifest-dir "$manifest_dir")
   [ "$resample" = 0 ] || args+=(--resample)
+  [ -z "$channel" ] || args+=(--channel "$channel")
   if [ "$is_named_corpus" = 1 ]; then
     args+=(--corpus "$corpus" --full-libri "$full_libri")
     if [ "$corpus" = synthetic ] && [ -z "$corpus_dir" ]; then
@@ -378,7 +385,7 @@ stage_features() {
   fi
   run python local/compute_fbank.py "${args[@]}"
   run python local/prepare_lang.py --manifests-dir "$manifests_dir" --parts $train --lang-dir "$lang_dir" \
-    --vocab-size "$vocab_size"
+    --vocab-size "$vocab_size" --text-norm "$text_norm"
 }
 
 # Trains one phase: conf/<scale>/<phase>.yaml -> exp/<corpus>-<scale>/<phase>/. More arguments go to train.py.
