@@ -289,7 +289,7 @@ def check_gpu(env: Environment, gpus: List[Tuple[str, int]]) -> List[Finding]:
         if not cuda:
             again = env.pip("--force-reinstall torch==" + torch.split("+")[0])
             text = f"{gpu} is idle: torch {torch} was built without CUDA"
-            found.append(Finding(WARNING, text, f"PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= {again}"))
+            found.append(Finding(WARNING, text, again))
         elif not runs_on(archs, capability):
             line = "tools/setup.sh --env modern" if env.name == "k2" else env.pip("--upgrade torch")
             found.append(Finding(ERROR, f"{gpu}: torch {torch} has kernels for {' '.join(archs)} only", line))

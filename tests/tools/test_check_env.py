@@ -204,6 +204,7 @@ def test_a_gpu_and_the_torch_that_is_there(facts, level, word):
     env.imports["torch"].update(facts)
     (finding,) = check_env.check_gpu(env, [("Some GPU", 90)])
     assert finding.level == level and word in finding.text + finding.mend
+    assert "PIP_" not in finding.mend
 
 
 def test_gpus_are_read_from_nvidia_smi(tmp_path, monkeypatch):
