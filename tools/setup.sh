@@ -41,6 +41,7 @@ case $env_name in
   *) echo "tools/setup.sh: --env $env_name is not one of k2, modern" >&2; exit 2 ;;
 esac
 unset PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX
+HOME=${HOME:-$root}
 
 log() { printf '%s setup: %s\n' "$(date '+%F %T')" "$*" >&2; }
 die() { log "ERROR: $*"; exit 1; }
@@ -207,11 +208,13 @@ install_pins() {
 # Builds $1 (name==version) from its source distribution unless the cache has its wheel, and installs it.
 # The sdists' CMake files want to download pybind11 and to find CUDA; tools/cmake stands in for both.
 build_from_source() {
-  local build=$1 name=${1%%==*} facts cache folder jobs std=14 args log_start=$SECONDS
+  local build=$1 name=${1%%==*} facts wheels cache folder jobs std=14 args log_start=$SECONDS
   facts=$("$python" -c "import platform, sys, torch
 print('py%d%d-torch%s-abi%d-%s-%s' % (*sys.version_info[:2], torch.__version__, torch._C._GLIBCXX_USE_CXX11_ABI,
                                       platform.system(), platform.machine()))") || return 1
-  cache=${XDG_CACHE_HOME:-$HOME/.cache}/transducer_kd/wheels/${build/==/-}-$facts
+  wheels=${XDG_CACHE_HOME:-$HOME/.cache}/transducer_kd/wheels
+  mkdir -p "$wheels" 2>/dev/null && [ -w "$wheels" ] || wheels=$root/.setup-wheels
+  cache=$wheels/${build/==/-}-$facts
   if ! compgen -G "$cache/*.whl" >/dev/null; then
     for tool in make "${CXX:-c++}"; do
       command -v "$tool" >/dev/null || { log "building $build needs $tool, which is not installed"; return 1; }
@@ -225,9 +228,9 @@ print('py%d%d-torch%s-abi%d-%s-%s' % (*sys.version_info[:2], torch.__version__, 
     # Several sources in one compilation: reading torch's headers takes the time (kaldifeat: 370 s of CPU, so 135 s).
     args+=" -DCMAKE_UNITY_BUILD=ON"
     log "building $build from source with $jobs jobs (a minute or two on two cores)"
-    mkdir -p "$(dirname "$cache")"
-    find "$(dirname "$cache")" -maxdepth 1 -name '.build.*' -mmin +600 -exec rm -rf {} +
-    folder=$(mktemp -d "$(dirname "$cache")/.build.XXXXXX")
+    mkdir -p "$wheels"
+    find "$wheels" -maxdepth 1 -name '.build.*' -mmin +600 -exec rm -rf {} +
+    folder=$(mktemp -d "$wheels/.build.XXXXXX")
     # --no-build-isolation: against this environment's torch, with its cmake.
     PATH=$venv/bin:$PATH KALDIFEAT_CMAKE_ARGS=$args KALDIFEAT_MAKE_ARGS=-j$jobs \
       FT_CMAKE_ARGS=$args FT_MAKE_ARGS=-j$jobs \
