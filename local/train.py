@@ -5,9 +5,9 @@
       --set data.fbank_dir=DIR --set data.lang_dir=DIR [--set optim.lr=1e-3 ...]
 
 A run that was stopped goes on by itself from its newest checkpoint when the same command is given again.
-Several GPUs of one machine:   torchrun --nproc-per-node 4 local/train.py ...
-Several machines, on each one: torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d \\
-                                   --rdzv-endpoint FIRST_MACHINE:29500 local/train.py ...
+Several GPUs of one machine:   torchrun --nproc_per_node 4 local/train.py ...
+Several machines, on each one: torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d \\
+                                   --rdzv_endpoint FIRST_MACHINE:29500 local/train.py ...
 """
 
 import argparse
@@ -58,6 +58,9 @@ def main() -> int:
 
     processes = ddp.setup(args.device)
     try:
+        if args.restart and processes.rank == 0:
+            experiment.set_aside(args.exp_dir)
+        ddp.barrier()
         setup_logging(
             args.exp_dir / "log" / f"log-train-{processes.rank}.txt", processes.rank, processes.world_size
         )
@@ -71,16 +74,13 @@ def main() -> int:
         objective = build.build_objective(config, tokenizer.vocab_size)
         model = objective.model
         if processes.rank == 0:
-            experiment.prepare_exp_dir(args.exp_dir, config, args.restart)
-            sizes = {
-                "deployed": model.deployed_parameters(),
-                "total": sum(p.numel() for p in model.parameters()),
-            }
+            total = sum(p.numel() for p in model.parameters())
+            sizes = {"deployed": model.deployed_parameters(), "total": total}
+            experiment.prepare_exp_dir(args.exp_dir, config, total)
             meta = {"bpe_sha256": tokenizer.sha256, "parameters": sizes, "loss_backend": objective.backend}
             experiment.write_meta(args.exp_dir, meta)
-            logging.info(
-                "%s/%s: parameters %s, loss on %s", config.recipe, config.phase, sizes, objective.backend
-            )
+            logging.info("%s/%s, loss on %s", config.recipe, config.phase, objective.backend)
+            logging.info("parameters\n%s", model.parameter_table())
         ddp.barrier()
         data = build.build_data(config.data, tokenizer, processes.world_size, processes.rank)
         validator = build.Validator(data, tokenizer, config.train.valid_wer_utterances, processes.device)

@@ -42,7 +42,8 @@ def write_phase(exp_dir, name, records):
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps(records))
     (folder / "config.json").write_text(json.dumps({"corpus": "synthetic", "scale": "mini"}))
-    meta = {"commit": "abc123", "command": "local/train.py", "torch": "1.13.1", "parameters": {"deployed": 5}}
+    meta = {"commit": "abc123", "command": "local/train.py", "parameters": {"deployed": 5}}
+    meta["versions"] = {"torch": "1.13.1"}
     (folder / "meta.json").write_text(json.dumps(meta))
     write_lines(folder / "train_log.jsonl", TRAIN_LOG)
     return folder

@@ -13,7 +13,7 @@ from transducer_kd.data.batch import Batch
 from transducer_kd.models.spec_augment import SpecAugment
 from transducer_kd.models.transducer import Transducer
 from transducer_kd.objectives.transducer import TransducerObjective
-from transducer_kd.train import ddp
+from transducer_kd.train import checkpoint, ddp
 from transducer_kd.train.trainer import Trainer, Validation
 
 VOCAB = 9
@@ -72,8 +72,12 @@ def train(exp_dir):
     trainer = RecordingTrainer(
         objective, config, exp_dir, torch.device("cpu"), my_batches, lambda o, step: Validation({"loss": 1.0})
     )
+    saved = []
+    save_checkpoint = checkpoint.save_checkpoint
+    checkpoint.save_checkpoint = lambda path, content: (saved.append(path.name), save_checkpoint(path, content))
     trainer.run()
     return {
+        "saved": saved,
         "gradients": trainer.gradients,
         "nonfinite": trainer.progress.nonfinite,
         "audio_s": trainer.progress.audio_s,

@@ -1,5 +1,8 @@
 """Checkpoints: averages against their definition, damaged files, what is kept."""
 
+import errno
+import os
+
 import pytest
 import torch
 
@@ -30,10 +33,16 @@ WEIGHTS = [5.0, 1.0, 2.0, 3.0, 7.0, 1.0, -4.0, 0.5, 9.0, 2.5, 6.0, 3.5, 8.0]
 
 def test_running_average_is_the_mean_of_its_samples(tmp_path):
     save_run(tmp_path, WEIGHTS)
-    state, _, name = ckpt.select_weights(tmp_path, epoch=3, avg=3, use_averaged_model=True)
     samples = [WEIGHTS[0]] + WEIGHTS[2::2]
-    assert state["weight"].item() == pytest.approx(sum(samples) / len(samples), abs=1e-12)
-    assert name == "epoch-3-avg-3-use-averaged-model"
+    average = ckpt.load_checkpoint(tmp_path / "epoch-3.pt")["model_avg"]["weight"].item()
+    assert average == pytest.approx(sum(samples) / len(samples), abs=1e-12)
+
+
+def test_average_since_the_random_start_is_not_used(tmp_path, caplog):
+    save_run(tmp_path, WEIGHTS)
+    state, _, name = ckpt.select_weights(tmp_path, epoch=3, avg=3, use_averaged_model=True)
+    assert state["weight"].item() == 8.0 and name == "epoch-3"
+    assert "taking the last weights" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -94,27 +103,30 @@ def test_plain_values_come_back_exactly(tmp_path):
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
-    for step in (5, 10, 100, 20):
-        (tmp_path / f"checkpoint-{step}.pt").write_bytes(b"x")
-    (tmp_path / "epoch-1.pt").write_bytes(b"x")
-    ckpt.remove_old_checkpoints(tmp_path, keep_last=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "checkpoint-100.pt",
-        "checkpoint-20.pt",
-        "epoch-1.pt",
-    ]
+    names = "checkpoint-5 checkpoint-10 checkpoint-100 epoch-2 epoch-10 epoch-1 best-valid"
+    for name in names.split():
+        (tmp_path / f"{name}.pt").write_bytes(b"x")
+    ckpt.remove_old_checkpoints(tmp_path, keep_last=2, keep_epochs=1)
+    left = sorted(p.stem for p in tmp_path.iterdir())
+    assert left == ["best-valid", "checkpoint-10", "checkpoint-100", "epoch-10"]
 
 
-def test_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+def test_resume_point_has_the_most_updates_whatever_the_clock(tmp_path):
+    for name, step in (("checkpoint-7", 7), ("epoch-1", 5), ("checkpoint-3", 3)):
+        ckpt.save_checkpoint(tmp_path / f"{name}.pt", {"model": {}, "progress": {"step": step}})
+    os.utime(tmp_path / "checkpoint-7.pt", (1, 1))
+    assert ckpt.find_resume_point(tmp_path)[0].name == "checkpoint-7.pt"
+
+
+def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "epoch-1.pt"
     ckpt.save_checkpoint(path, {"model": {}, "n": 1})
 
-    def broken(content, f):
-        f.write(b"half")
-        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(UserError, match="could not write checkpoint"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"no space left on the disk while writing .*epoch-1\.pt"):
         ckpt.save_checkpoint(path, {"model": {}, "n": 2})
     monkeypatch.undo()
     assert ckpt.load_checkpoint(path)["n"] == 1

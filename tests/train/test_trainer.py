@@ -16,6 +16,7 @@ from toy import ToyObjective, toy_batches, toy_trainer  # noqa: E402
 
 from transducer_kd.log import UserError
 from transducer_kd.train import checkpoint as ckpt
+from transducer_kd.train import experiment
 from transducer_kd.train.metrics import read_train_log
 
 
@@ -117,7 +118,8 @@ def test_loss_is_divided_once_by_all_frames(tmp_path):
 def test_non_finite_batch_is_named_saved_and_skipped(tmp_path, caplog):
     trainer = toy_trainer(tmp_path, poison={(1, 2)})
     assert trainer.run() is True
-    assert "cut-1-2-0 (T=3, U=3)" in caplog.text and trainer.progress.nonfinite == 1
+    assert "the loss of cut-1-2-0 (T'=1.0, U=3), in the batch saved as" in caplog.text
+    assert "cut-1-2-1" not in caplog.text
     saved = torch.load(tmp_path / "nonfinite-2-rank0.pt", weights_only=True)
     assert saved["cut_ids"][0] == "cut-1-2-0" and torch.isnan(saved["features"]).any()
     assert torch.isfinite(weights(trainer)).all()
@@ -125,7 +127,7 @@ def test_non_finite_batch_is_named_saved_and_skipped(tmp_path, caplog):
 
 def test_too_many_non_finite_batches_end_the_run(tmp_path):
     poison = {(1, i) for i in range(5)}
-    with pytest.raises(UserError, match=r"number 3, train\.max_nonfinite=2"):
+    with pytest.raises(UserError, match=r"number 3 in epoch 1, train\.max_nonfinite=2"):
         toy_trainer(tmp_path, "train.max_nonfinite=2", poison=poison).run()
 
 
@@ -142,6 +144,32 @@ def test_other_bpe_model_is_refused(tmp_path):
     other.bpe_sha256 = "other"
     with pytest.raises(UserError, match="another BPE model"):
         other.run()
+
+
+def test_other_number_of_processes_is_refused(tmp_path):
+    toy_trainer(tmp_path).run()
+    newest, content = ckpt.find_resume_point(tmp_path)
+    ckpt.save_checkpoint(newest, {**content, "world_size": 2})
+    with pytest.raises(UserError, match="saved by 2 processes and these are 1"):
+        toy_trainer(tmp_path).run()
+
+
+def test_full_disk_is_seen_before_training(tmp_path):
+    config = toy_trainer(tmp_path).config
+    with pytest.raises(UserError, match="training with 15 checkpoints needs about"):
+        experiment.prepare_exp_dir(tmp_path / "exp", config, num_parameters=10**15)
+    assert not (tmp_path / "exp").exists()
+
+
+def test_other_configuration_names_what_differs(tmp_path):
+    trainer = toy_trainer(tmp_path)
+    experiment.prepare_exp_dir(tmp_path, trainer.config, 4)
+    trainer.run()
+    other = toy_trainer(tmp_path, "optim.lr=0.1", "train.log_every=2").config
+    with pytest.raises(UserError, match=r"\(optim\.lr: 0\.05 -> 0\.1\)"):
+        experiment.prepare_exp_dir(tmp_path, other, 4)
+    experiment.set_aside(tmp_path)
+    assert not tmp_path.exists() and len(list(tmp_path.parent.glob(f"{tmp_path.name}.old-*/epoch-4.pt"))) == 1
 
 
 def test_no_batch_is_an_error_not_an_endless_loop(tmp_path):

@@ -1,4 +1,4 @@
-"""What the trainer knows of a task: an Objective turns a batch into a summed loss and a frame count.
+"""What the trainer knows of a task: an Objective turns a batch into losses and frame counts.
 
 Objectives return sums, never means. The trainer divides once, by the frames of all ranks and accumulated
 batches together, so that a gradient does not depend on how a batch was cut into pieces.
@@ -15,14 +15,24 @@ from torch import nn
 class LossOutput:
     """Result of one batch on one rank.
 
-    loss_sum:    () float32 with graph, summed over the batch's utterances
-    num_frames:  encoder frames (40 ms) in the batch; what every loss is divided by
-    metrics:     named sums over the batch, without graph; logged divided by num_frames
+    losses:            (N,) float32 with graph, one an utterance
+    encoder_out_lens:  (N,) encoder frames (40 ms); every loss is divided by their sum
+    metrics:           named sums over the batch, without graph; logged divided by the frames
     """
 
-    loss_sum: torch.Tensor
-    num_frames: torch.Tensor
+    losses: torch.Tensor
+    encoder_out_lens: torch.Tensor
     metrics: Dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def loss_sum(self) -> torch.Tensor:
+        """() with graph: what is backpropagated."""
+        return self.losses.sum()
+
+    @property
+    def num_frames(self) -> torch.Tensor:
+        """Encoder frames of the batch."""
+        return self.encoder_out_lens.sum()
 
 
 class Objective(nn.Module):

@@ -66,14 +66,14 @@ class TransducerObjective(Objective):
             )
         else:  # one scale for all validations, so that they can be compared
             simple_scale, pruned_scale = self.loss.simple_loss_scale, 1.0
-        metrics = {"simple_loss": done.simple_loss.sum(), "pruned_loss": done.pruned_loss.sum()}
-        total = simple_scale * metrics["simple_loss"] + pruned_scale * metrics["pruned_loss"]
+        terms = {"simple_loss": done.simple_loss, "pruned_loss": done.pruned_loss}
+        losses = simple_scale * done.simple_loss + pruned_scale * done.pruned_loss
         if self.model.ctc_output is not None and self.loss.ctc_weight > 0:
-            metrics["ctc_loss"] = self.ctc_loss(done.encoder_out, done.encoder_out_lens, batch)
-            total = total + self.loss.ctc_weight * metrics["ctc_loss"]
-        metrics["loss"] = total
-        detached = {name: value.detach() for name, value in metrics.items()}
-        return LossOutput(total, done.encoder_out_lens.sum(), detached)
+            terms["ctc_loss"] = self.ctc_loss(done.encoder_out, done.encoder_out_lens, batch)
+            losses = losses + self.loss.ctc_weight * terms["ctc_loss"]
+        terms["loss"] = losses
+        metrics = {name: value.detach().sum() for name, value in terms.items()}
+        return LossOutput(losses, done.encoder_out_lens, metrics)
 
     def transducer_pass(
         self, x: torch.Tensor, batch: Any, chunk_size: Optional[int] = None
@@ -105,7 +105,7 @@ class TransducerObjective(Objective):
         )
 
     def ctc_loss(self, encoder_out: torch.Tensor, encoder_out_lens: torch.Tensor, batch: Any) -> torch.Tensor:
-        """Summed CTC loss. Utterances that CTC cannot align (too many repeats for T') count as zero."""
+        """CTC losses (N,). Utterances that CTC cannot align (too many repeats for T') count as zero."""
         with torch.autocast(encoder_out.device.type, enabled=False):
             log_probs = self.model.ctc_output(encoder_out.float()).log_softmax(-1)
         return F.ctc_loss(
@@ -114,7 +114,7 @@ class TransducerObjective(Objective):
             encoder_out_lens,
             batch.y_lens,
             blank=self.model.blank_id,
-            reduction="sum",
+            reduction="none",
             zero_infinity=True,
         )
 

@@ -134,9 +134,9 @@ def provenance_rows(report: Dict[str, Any]) -> List[Row]:
     for phase in report["phases"]:
         name, meta = phase["name"], phase["meta"] or {}
         if meta:
-            found = [
-                f"{key} {meta[key]}" for key in ("python", "torch", "loss_backend", "cuda") if meta.get(key)
-            ]
+            known = {**meta, **meta.get("versions", {})}
+            keys = ("python", "torch", "k2", "loss_backend", "cuda")
+            found = [f"{key} {known[key]}" for key in keys if known.get(key)]
             rows.append(
                 [f"{name}: trained by", ", ".join([f"commit {meta.get('commit', 'unknown')}", *found])]
             )

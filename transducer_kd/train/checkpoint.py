@@ -9,6 +9,7 @@ A checkpoint is a dict of tensors and plain values:
 Files: `epoch-N.pt` after N passes over the data, `checkpoint-STEP.pt` in between, `best-valid.pt`.
 """
 
+import io
 import logging
 import pickle
 import re
@@ -25,14 +26,11 @@ State = Dict[str, torch.Tensor]
 
 def save_checkpoint(path: Path, content: Dict[str, Any]) -> None:
     """Write `content` to `path`; a reader never sees a half-written file. UserError when the disk is full."""
-    try:
-        with atomic_write(path, "wb") as f:
-            torch.save(_pack(content), f)
-    except RuntimeError as e:
-        # torch's zip writer turns a failed write into a RuntimeError without an errno.
-        if "PytorchStreamWriter" in str(e) or "write" in str(e).lower():
-            raise UserError(f"could not write checkpoint {path}: {e}. Is the disk full?") from e
-        raise
+    # Through memory: torch 1.13's zip writer aborts the whole process when the disk is full.
+    buffer = io.BytesIO()
+    torch.save(_pack(content), buffer)
+    with atomic_write(path, "wb") as f:
+        f.write(buffer.getbuffer())
 
 
 def load_checkpoint(path: Path, device: Any = "cpu") -> Dict[str, Any]:
@@ -91,30 +89,40 @@ def _present(folder: Path) -> str:
 
 def epochs_in(exp_dir: Path) -> List[int]:
     """Numbers N of the `epoch-N.pt` in `exp_dir`, ascending."""
-    found = (re.fullmatch(r"epoch-(\d+)\.pt", p.name) for p in Path(exp_dir).glob("epoch-*.pt"))
-    return sorted(int(m.group(1)) for m in found if m)
+    return [number for number, _ in _numbered(exp_dir, "epoch")]
 
 
 def find_resume_point(exp_dir: Path) -> Optional[Tuple[Path, Dict[str, Any]]]:
-    """Newest readable checkpoint to go on from, or None. Unreadable ones are named and passed over."""
-    candidates = list(Path(exp_dir).glob("epoch-*.pt")) + list(Path(exp_dir).glob("checkpoint-*.pt"))
-    for path in sorted(candidates, key=lambda p: p.stat().st_mtime_ns, reverse=True):
-        try:
-            return path, load_checkpoint(path)
-        except UserError as e:
-            logging.warning("%s", e)
-    return None
+    """The checkpoint with the most updates, or None. Unreadable ones are named and passed over."""
+    best: Optional[Tuple[Path, Dict[str, Any]]] = None
+    for prefix in ("epoch", "checkpoint"):
+        for _, path in reversed(_numbered(exp_dir, prefix)):
+            try:
+                content = load_checkpoint(path)
+            except UserError as e:
+                logging.warning("%s", e)
+                continue
+            if best is None or content["progress"]["step"] > best[1]["progress"]["step"]:
+                best = path, content
+            break
+    return best
 
 
-def remove_old_checkpoints(exp_dir: Path, keep_last: int) -> None:
-    """Keep the `keep_last` newest `checkpoint-STEP.pt`; epochs and best-valid are never removed."""
+def remove_old_checkpoints(exp_dir: Path, keep_last: int, keep_epochs: int) -> None:
+    """Keep the newest `checkpoint-STEP.pt` and `epoch-N.pt`, so many of each; best-valid is never removed."""
+    for prefix, keep in (("checkpoint", keep_last), ("epoch", keep_epochs)):
+        for _, path in _numbered(exp_dir, prefix)[:-keep]:
+            path.unlink()
+
+
+def _numbered(exp_dir: Path, prefix: str) -> List[Tuple[int, Path]]:
+    """(number, path) of the `<prefix>-<number>.pt` in `exp_dir`, ascending."""
     found = []
-    for path in Path(exp_dir).glob("checkpoint-*.pt"):
-        match = re.fullmatch(r"checkpoint-(\d+)\.pt", path.name)
+    for path in Path(exp_dir).glob(f"{prefix}-*.pt"):
+        match = re.fullmatch(rf"{prefix}-(\d+)\.pt", path.name)
         if match:
             found.append((int(match.group(1)), path))
-    for _, path in sorted(found)[:-keep_last]:
-        path.unlink()
+    return sorted(found)
 
 
 def start_running_average(model: torch.nn.Module) -> State:
@@ -183,6 +191,8 @@ def select_weights(
     the running average), otherwise the mean of the epochs' last weights.
     """
     exp_dir = Path(exp_dir)
+    if epoch < -1:
+        raise UserError(f"--epoch {epoch}: give N for epoch-N.pt, 0 for the last, or -1 for best-valid.pt")
     if epoch == -1:
         content = load_checkpoint(exp_dir / "best-valid.pt")
         return content["model"], content, "best-valid"
@@ -195,9 +205,11 @@ def select_weights(
     content = load_checkpoint(exp_dir / f"epoch-{epoch}.pt")
     name = f"epoch-{epoch}-avg-{avg}"
     if use_averaged_model:
-        name += "-use-averaged-model"
         if avg == epoch:
-            return content["model_avg"], content, name
+            # The running mean since update 0 holds the random weights that training began with.
+            logging.warning("%s: no epoch before the %d averaged ones; taking the last weights", exp_dir, avg)
+            return content["model"], content, f"epoch-{epoch}"
+        name += "-use-averaged-model"
         start = load_checkpoint(exp_dir / f"epoch-{epoch - avg}.pt")
         state = average_of_span(
             start["model_avg"], content["model_avg"], _average_samples(start), _average_samples(content)

@@ -51,7 +51,7 @@ def setup(device: str = "auto") -> Processes:
         raise UserError(
             f"process {place['RANK']} of {place['WORLD_SIZE']} cannot meet the others at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({e}); on one machine start them with "
-            "torchrun --standalone, on several give all of them the same --rdzv-endpoint"
+            "torchrun --standalone, on several give all of them the same --rdzv_endpoint"
         ) from e
     return Processes(dist.get_rank(), dist.get_world_size(), chosen)
 

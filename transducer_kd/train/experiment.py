@@ -3,6 +3,7 @@
 config.json   the resolved configuration      meta.json   commit, versions, command, parameter counts
 """
 
+import importlib.metadata
 import json
 import logging
 import platform
@@ -10,33 +11,41 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
 import torch
 
 from transducer_kd.config import PhaseConfig, to_dict
-from transducer_kd.log import UserError, write_json
+from transducer_kd.log import UserError, check_disk_space, write_json
+from transducer_kd.train import ddp
 
 # Settings that may change between a run and its continuation: they say where and how often, not what is
 # computed.
 _MAY_CHANGE = {
     "train.log_every", "train.valid_every", "train.valid_wer_utterances", "train.save_every",
-    "train.keep_last", "train.num_threads", "train.max_nonfinite", "data.num_workers",
+    "train.keep_last", "train.keep_epochs", "train.num_threads", "train.max_nonfinite", "data.num_workers",
     "data.fbank_dir", "data.lang_dir",
 }  # fmt: skip
 
 
-def prepare_exp_dir(exp_dir: Path, config: PhaseConfig, restart: bool) -> None:
-    """Create `exp_dir`, or check that what it holds was made with the same configuration.
+_LIBRARIES = ("torch", "k2", "fast_rnnt", "lhotse", "kaldifeat", "sentencepiece", "kaldialign", "numpy")
 
-    restart: move what is there to `<exp_dir>.old-<time>` (nothing is deleted) and begin anew.
-    Raises UserError that lists the keys that differ.
-    """
+
+def set_aside(exp_dir: Path) -> None:
+    """Move an earlier run to `<exp_dir>.old-<time>`; nothing is deleted."""
     exp_dir = Path(exp_dir)
-    if restart and exp_dir.exists():
+    if exp_dir.exists():
         kept = exp_dir.with_name(f"{exp_dir.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
         exp_dir.rename(kept)
         logging.info("moved the earlier run to %s", kept)
+
+
+def prepare_exp_dir(exp_dir: Path, config: PhaseConfig, num_parameters: int) -> None:
+    """Create `exp_dir`, or check that what it holds was made with the same configuration.
+
+    Raises UserError that lists the keys that differ, or when the disk cannot hold the checkpoints to come.
+    """
+    exp_dir = Path(exp_dir)
     path = exp_dir / "config.json"
     new = to_dict(config)
     if path.exists() and (any(exp_dir.glob("epoch-*.pt")) or any(exp_dir.glob("checkpoint-*.pt"))):
@@ -52,6 +61,9 @@ def prepare_exp_dir(exp_dir: Path, config: PhaseConfig, restart: bool) -> None:
                 f"{exp_dir} holds a run with another configuration ({shown}); resume with the same one, use "
                 "another --exp-dir, or start again with --restart (the old run is moved aside, not deleted)"
             )
+    # Weights and Adam's two moments in float32, the running average in float64: 20 bytes a parameter.
+    num_files = config.train.keep_last + config.train.keep_epochs + 2
+    check_disk_space(exp_dir, 20.0 * num_parameters * num_files, f"training with {num_files} checkpoints")
     exp_dir.mkdir(parents=True, exist_ok=True)
     write_json(path, new)
 
@@ -72,11 +84,19 @@ def write_meta(exp_dir: Path, extra: Dict[str, Any]) -> None:
         "commit": git_commit(),
         "command": " ".join(sys.argv),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "versions": {name: _version(name) for name in _LIBRARIES},
+        "world_size": ddp.world_size(),
         "machine": platform.machine(),
         "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
     }
     write_json(Path(exp_dir) / "meta.json", {**meta, **extra})
+
+
+def _version(name: str) -> Optional[str]:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def git_commit() -> str:

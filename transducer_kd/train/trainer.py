@@ -3,7 +3,8 @@ resumes.
 
 Exactness: every random draw of an update comes from a generator seeded by (seed, update, rank), the data
 order from (seed, epoch), the learning rate from the update alone, and a checkpoint is only taken between
-updates. So a run that is killed and resumed goes through the same numbers as one that was not.
+updates. So a run that is killed and resumed goes through the same numbers as one that was not
+(on a GPU up to the order in which its kernels add).
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from torch import nn
@@ -31,6 +32,8 @@ from transducer_kd.train.optim import build_grad_scaler, build_optimizer, learni
 # two, so that the detour changes no bit of the result; near a batch's frame count, so that fp16 gradients
 # stay in range.
 _PROVISIONAL_FRAMES = 1024.0
+# Below this scale fp16 gradients overflow because the weights do, not because the scale is too large.
+_SMALLEST_FP16_SCALE = 1.0
 
 
 @dataclass
@@ -40,7 +43,7 @@ class Progress:
     step: int = 0  # optimiser updates done
     epoch: int = 1  # 1-based, the one in progress
     batch_in_epoch: int = 0  # batches of this epoch already used, per rank
-    nonfinite: int = 0
+    nonfinite: int = 0  # updates dropped in this epoch
     best_valid_loss: float = float("inf")
     elapsed_s: float = 0.0  # training time over all runs, without validation
     audio_s: float = 0.0  # audio seconds trained on
@@ -143,7 +146,7 @@ class Trainer:
                     "manifest is empty (see the counts above)"
                 )
             finished = state.epoch
-            state.epoch, state.batch_in_epoch = finished + 1, 0
+            state.epoch, state.batch_in_epoch, state.nonfinite = finished + 1, 0, 0
             self._save(f"epoch-{finished}.pt")
             return
         if state.step >= self.options.max_steps:  # ends inside an epoch: its last weights still are epoch N's
@@ -166,14 +169,15 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         totals = {"num_frames": 0.0, "audio_s": sum(b.audio_s for b in batches)}
         state.batch_in_epoch += len(batches)
-        for i, batch in enumerate(batches):
-            if not self._forward_backward(batch, step, totals, last=i == len(batches) - 1):
-                return
-        names = sorted(totals)
-        totals = dict(zip(names, ddp.all_reduce_sum([totals[n] for n in names])))
-        grad_norm = self._apply_gradients(totals["num_frames"])
-        if grad_norm is None and self.options.precision != "fp16":
-            self._count_nonfinite(batches[0], "gradient")
+        with self._naming_out_of_memory(batches):
+            for i, batch in enumerate(batches):
+                if not self._forward_backward(batch, step, totals, last=i == len(batches) - 1):
+                    return
+            names = sorted(totals)
+            totals = dict(zip(names, ddp.all_reduce_sum([totals[n] for n in names])))
+            grad_norm = self._apply_gradients(totals["num_frames"])
+        if grad_norm is None:
+            self._drop_update(batches)
             return
         state.step += 1
         self.objective.after_step(state.step)
@@ -183,7 +187,7 @@ class Trainer:
         state.audio_s += totals.pop("audio_s")
         self.window.add({n: v for n, v in totals.items() if n != "num_frames"}, totals["num_frames"])
         self.window.updates += 1
-        self.window.grad_norm_sum += grad_norm or 0.0
+        self.window.grad_norm_sum += grad_norm
         if self.device.type == "cuda" and state.step % self.options.log_every == 0:
             torch.cuda.synchronize()
         state.elapsed_s += time.perf_counter() - start + data_seconds
@@ -192,20 +196,17 @@ class Trainer:
     def _forward_backward(self, batch: Any, step: int, totals: Dict[str, float], last: bool) -> bool:
         """Add one batch's gradients and sums; False when its loss was not finite (no update then)."""
         batch = batch.to(self.device)
-        try:
-            # Gradients travel between ranks once an update, with the last of the accumulated batches.
-            with contextlib.nullcontext() if last else ddp.no_sync(self.wrapped):
-                with torch.autocast(
-                    self.device.type, dtype=self.autocast_dtype, enabled=bool(self.autocast_dtype)
-                ):
-                    output: LossOutput = self.wrapped(batch, step)
-                bad = ddp.all_reduce_sum([0.0 if bool(torch.isfinite(output.loss_sum)) else 1.0])[0]
-                if bad:
-                    self._count_nonfinite(batch, "loss")
-                    return False
-                self.scaler.scale(output.loss_sum / _PROVISIONAL_FRAMES).backward()
-        except torch.cuda.OutOfMemoryError as e:
-            raise UserError(self._out_of_memory(batch)) from e
+        # Gradients travel between ranks once an update, with the last of the accumulated batches.
+        with contextlib.nullcontext() if last else ddp.no_sync(self.wrapped):
+            with self._autocast():
+                output: LossOutput = self.wrapped(batch, step)
+            loss_sum = output.loss_sum
+            is_finite = bool(torch.isfinite(loss_sum))
+            # One rank's bad batch drops the update on all of them, or their weights would part.
+            if ddp.all_reduce_sum([0.0 if is_finite else 1.0])[0]:
+                self._report_nonfinite(None if is_finite else (batch, output))
+                return False
+            self.scaler.scale(loss_sum / _PROVISIONAL_FRAMES).backward()
         totals["num_frames"] += float(output.num_frames)
         for name, value in output.metrics.items():
             totals[name] = totals.get(name, 0.0) + float(value)
@@ -224,32 +225,61 @@ class Trainer:
         self.scaler.update()
         return norm if finite else None
 
-    def _count_nonfinite(self, batch: Any, what: str) -> None:
-        state = self.progress
-        state.nonfinite += 1
-        path = self.exp_dir / f"nonfinite-{state.step}-rank{ddp.rank()}.pt"
-        shapes = [
-            f"{cut} (T={int(t)}, U={int(u)})"
-            for cut, t, u in zip(batch.cut_ids, batch.feature_lens, batch.y_lens)
-        ]
-        ckpt.save_checkpoint(path, {k: v for k, v in vars(batch).items()})
-        message = f"{what} is not finite at update {state.step}; batch saved in {path}: {', '.join(shapes)}"
-        if state.nonfinite > self.options.max_nonfinite:
-            raise UserError(
-                f"{message}. That is number {state.nonfinite}, "
-                f"train.max_nonfinite={self.options.max_nonfinite}: look at these cuts, lower "
-                "optim.lr, or use train.precision=fp32"
-            )
-        logging.warning("%s. Skipped (%d so far)", message, state.nonfinite)
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=bool(self.autocast_dtype))
 
-    def _out_of_memory(self, batch: Any) -> str:
-        cuts = ", ".join(batch.cut_ids[:8]) + (" ..." if len(batch.cut_ids) > 8 else "")
-        return (
-            f"the GPU ran out of memory at update {self.progress.step} with {len(batch.cut_ids)} utterances "
-            f"of up to T={int(batch.feature_lens.max())} frames and U={int(batch.y_lens.max())} tokens "
-            f"({cuts}); lower data.max_duration_s (now {self.config.data.max_duration_s:g}) or "
-            "data.max_cut_s, and raise train.accumulate to keep the batch size"
-        )
+    def _report_nonfinite(self, mine: Optional[Tuple[Any, LossOutput]]) -> None:
+        """Name and save this rank's batch, if it is the one, and count the event."""
+        what = "the loss of another rank"
+        if mine is not None:
+            batch, output = mine
+            bad = (~torch.isfinite(output.losses)).tolist()
+            rows = zip(batch.cut_ids, output.encoder_out_lens.tolist(), batch.y_lens.tolist())
+            named = ", ".join(f"{cut} (T'={t}, U={u})" for (cut, t, u), is_bad in zip(rows, bad) if is_bad)
+            what = f"the loss of {named}, in the batch saved as {self._save_batch(batch)},"
+        self._count_nonfinite(what)
+
+    def _drop_update(self, batches: List[Any]) -> None:
+        """A gradient that is not finite. fp16's scaler expects some of them: it then lowers its scale."""
+        if self.scaler.is_enabled() and self.scaler.get_scale() >= _SMALLEST_FP16_SCALE:
+            return
+        cuts = ", ".join(cut for batch in batches for cut in batch.cut_ids)
+        self._count_nonfinite(f"the gradient of {cuts}, batch saved as {self._save_batch(batches[0])},")
+
+    def _save_batch(self, batch: Any) -> Path:
+        path = self.exp_dir / f"nonfinite-{self.progress.step}-rank{ddp.rank()}.pt"
+        ckpt.save_checkpoint(path, dict(vars(batch)))
+        return path
+
+    def _count_nonfinite(self, what: str) -> None:
+        state, limit = self.progress, self.options.max_nonfinite
+        state.nonfinite += 1
+        message = f"{what} is not finite at update {state.step}"
+        if state.nonfinite > limit:
+            raise UserError(
+                f"{message}. That is number {state.nonfinite} in epoch {state.epoch}, "
+                f"train.max_nonfinite={limit}: look at these cuts, lower optim.lr, or use "
+                "train.precision=fp32"
+            )
+        logging.warning("%s; no update from it (%d in this epoch)", message, state.nonfinite)
+
+    @contextlib.contextmanager
+    def _naming_out_of_memory(self, batches: List[Any]) -> Iterator[None]:
+        """Turn CUDA's out-of-memory errors, wherever they come up, into one that names the batch."""
+        try:
+            yield
+        except RuntimeError as e:
+            if "out of memory" not in str(e) and "ALLOC_FAILED" not in str(e):
+                raise
+            worst = max(batches, key=lambda b: len(b.cut_ids) * int(b.feature_lens.max()))
+            cuts = ", ".join(worst.cut_ids[:8]) + (" ..." if len(worst.cut_ids) > 8 else "")
+            raise UserError(
+                f"the GPU ran out of memory at update {self.progress.step} with {len(worst.cut_ids)} "
+                f"utterances of up to T={int(worst.feature_lens.max())} frames and "
+                f"U={int(worst.y_lens.max())} tokens ({cuts}); lower data.max_duration_s (now "
+                f"{self.config.data.max_duration_s:g}) or data.max_cut_s, and raise train.accumulate to keep "
+                "the batch size"
+            ) from e
 
     # ---------------------------------------------------------------- log, validate, save, resume
 
@@ -259,11 +289,11 @@ class Trainer:
         if state.step % options.log_every == 0 or last:
             self._log_window(batch, rate)
         if state.step % options.valid_every == 0 or last:
-            self._validate()
+            self._validate(batch)
         if state.step % options.save_every == 0 and not last:
             self._save(f"checkpoint-{state.step}.pt")
             if ddp.is_main():
-                ckpt.remove_old_checkpoints(self.exp_dir, options.keep_last)
+                ckpt.remove_old_checkpoints(self.exp_dir, options.keep_last, options.keep_epochs)
         if self.bar is not None:
             self.bar.update(1)
         self.stopping = ddp.all_reduce_sum([float(self.stop_signal is not None)])[0] > 0
@@ -289,12 +319,12 @@ class Trainer:
         for name, value in {**means, "lr": rate, "audio_s_per_s": throughput}.items():
             self.writer.add_scalar(f"train/{name}", value, state.step)
 
-    def _validate(self) -> None:
+    def _validate(self, batch: Any) -> None:
         if not ddp.is_main():
             return
         start, state = time.perf_counter(), self.progress
         self.objective.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self._autocast(), self._naming_out_of_memory([batch]):
             result = self.validate(self.objective, state.step)
         self.objective.train()
         shown = ", ".join(f"{k}={v:.4f}" for k, v in result.metrics.items())
@@ -339,12 +369,19 @@ class Trainer:
             "window": asdict(self.window),
             "config": to_dict(self.config),
             "bpe_sha256": self.bpe_sha256,
+            "world_size": ddp.world_size(),
         }
         ckpt.save_checkpoint(self.exp_dir / name, content)
         logging.info("saved %s", self.exp_dir / name)
 
     def _resume(self) -> None:
         found = ckpt.find_resume_point(self.exp_dir)
+        steps = ddp.all_reduce_sum([float(found[1]["progress"]["step"] if found else 0)])[0]
+        if steps != ddp.world_size() * (found[1]["progress"]["step"] if found else 0):
+            raise UserError(
+                f"the processes see different checkpoints in {self.exp_dir}: all machines "
+                "need the same folder"
+            )
         if found is None:
             return
         path, content = found
@@ -352,6 +389,11 @@ class Trainer:
             raise UserError(
                 f"{path} was trained with another BPE model (sha256 {content['bpe_sha256'][:12]}, now "
                 f"{self.bpe_sha256[:12]}); use its lang_dir, or another --exp-dir for the new one"
+            )
+        if content["world_size"] != ddp.world_size():
+            raise UserError(
+                f"{path} was saved by {content['world_size']} processes and these are {ddp.world_size()}: "
+                "which batches are left would differ. Resume with as many, or start again with --restart"
             )
         self.objective.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
