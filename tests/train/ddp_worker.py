@@ -74,7 +74,12 @@ def train(exp_dir):
     )
     saved = []
     save_checkpoint = checkpoint.save_checkpoint
-    checkpoint.save_checkpoint = lambda path, content: (saved.append(path.name), save_checkpoint(path, content))
+
+    def counted(path, content):
+        saved.append(path.name)
+        save_checkpoint(path, content)
+
+    checkpoint.save_checkpoint = counted
     trainer.run()
     return {
         "saved": saved,
