@@ -1,7 +1,10 @@
 """Configuration: layers win in order, and every mistake names its key and its file."""
 
+import dataclasses
+
 import pytest
 
+from transducer_kd import config as config_module
 from transducer_kd.config import PhaseConfig, from_dict, load_config, to_dict
 from transducer_kd.log import UserError
 
@@ -40,6 +43,7 @@ def test_round_trip():
         ("train: {precision: int8}", r"train\.precision='int8' is not one of fp32, bf16, fp16"),
         ("train: {max_steps: 0}", r"train\.max_steps=0 must be greater than 0"),
         ("model: {encoder: {encoder_dim: 100, num_heads: 3}}", r"encoder_dim=100 must be an even multiple"),
+        ("model: {encoder: {cnn_module_kernel: 4}}", r"cnn_module_kernel=4 must be odd"),
         ("base: nowhere.yaml", r"nowhere\.yaml does not exist"),
     ],
 )
@@ -67,3 +71,59 @@ def test_error_in_the_base_names_the_base(tmp_path):
 def test_mistakes_in_an_override_are_named(override, message):
     with pytest.raises(UserError, match=message):
         load_config(None, [override])
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("model.encoder.dropout=1", r"model\.encoder\.dropout=1\.0 must be in \[0, 1\)"),
+        ("model.decoder.dropout=-0.1", r"must be in \[0, 1\)"),
+        ("model.encoder.feature_dim=40", "must be 80"),
+        ("model.encoder.chunk_size=-1", "must be 0 or more"),
+        ("model.encoder.left_context=-1", "must be 0 or more"),
+        ("loss.lm_scale=1.5", r"must be in \[0, 1\]"),
+        ("loss.am_scale=0.75", "must add up to less than 1"),
+        ("loss.ctc_weight=-1", "must be 0 or more"),
+        ("loss.simple_loss_scale=-1", "must be 0 or more"),
+        ("loss.warm_step=-1", "must be 0 or more"),
+        ("spec_augment.num_time_masks=-1", "must be 0 or more"),
+        ("spec_augment.max_time_mask_fraction=1.1", r"must be in \[0, 1\]"),
+        ("data.max_cut_s=0.2", r"data\.max_cut_s=0\.2 must be greater than data\.min_cut_s=0\.3"),
+        ("data.max_cut_s=.inf", "must be finite"),
+        ("data.num_workers=-1", "must be 0 or more"),
+        ("data.musan_prob=2", r"must be in \[0, 1\]"),
+        ("data.musan_snr_db=[10]", "must be two numbers"),
+        ("data.musan_snr_db=[20, 10]", "lowest, then the highest"),
+        ("data.musan_snr_db=[.nan, 10]", "must be finite"),
+        ("data.seed=-1", r"must be in \[0, 2147483648\)"),
+        ("train.seed=2147483648", r"must be in \[0, 2147483648\)"),
+        ("optim.lr=nan", r"optim\.lr=nan must be finite"),
+        ("optim.lr=-1", "must be greater than 0"),
+        ("optim.eps=0", "must be greater than 0"),
+        ("optim.clip_norm=0", "must be greater than 0; a large number clips nothing"),
+        ("optim.weight_decay=-1", "must be 0 or more"),
+        ("optim.betas=[0.9]", "must be two numbers"),
+        ("optim.betas=[0.9, 1.0]", r"must be in \[0, 1\)"),
+        ("optim.warmup_steps=-1", "must be 0 or more"),
+        ("optim.final_lr_ratio=1.5", r"must be in \[0, 1\]"),
+        ("train.num_threads=-2", "must be 0 or more"),
+        ("train.valid_wer_utterances=-1", "must be 0 or more"),
+        ("train.max_nonfinite=-1", "must be 0 or more"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(override, message):
+    with pytest.raises(UserError, match=message):
+        load_config(None, [override])
+
+
+def test_every_number_has_a_range():
+    def numbers(node, prefix=""):
+        for field in dataclasses.fields(node):
+            value = getattr(node, field.name)
+            if dataclasses.is_dataclass(value):
+                yield from numbers(value, f"{prefix}{field.name}.")
+            elif any(type(v) in (int, float) for v in (value if isinstance(value, list) else [value])):
+                yield prefix + field.name
+
+    listed = [key for keys in config_module._RANGES.values() for key in keys.split()]
+    assert sorted(listed) == sorted(numbers(PhaseConfig()))

@@ -11,6 +11,7 @@ after 4x subsampling).
 
 import dataclasses
 import difflib
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,6 +122,7 @@ class TrainConfig:
     valid_wer_utterances: int = 24  # decoded greedily at each validation, shown in TensorBoard
     save_every: int = 500
     keep_last: int = 3  # checkpoint-N.pt kept
+    keep_epochs: int = 10  # epoch-N.pt kept; averaging over M epochs needs M + 1
     average_period: int = 20  # running model average is updated every so many updates
     max_nonfinite: int = 5  # batches with a non-finite loss that are saved and skipped before giving up
 
@@ -187,14 +189,27 @@ _CHOICES = {
     "optim.schedule": ("cosine", "linear", "constant"),
     "train.precision": ("fp32", "bf16", "fp16"),
 }
-_POSITIVE = (
-    "model.encoder.num_layers model.encoder.encoder_dim model.encoder.num_heads "
-    "model.encoder.feedforward_dim model.encoder.feature_dim model.encoder.subsampling_channels "
-    "model.decoder.decoder_dim model.joiner_dim "
-    "model.decoder.context_size model.decoder.num_layers loss.s_range data.max_duration_s data.max_cut_s "
-    "data.num_buckets optim.lr train.max_steps train.accumulate train.log_every train.valid_every "
-    "train.save_every train.keep_last train.average_period"
-).split()
+# What a number, or each number of a list, may be: [ and ] include the limit, ( and ) do not.
+_RANGES = {
+    "(0, inf)": "model.encoder.num_layers model.encoder.encoder_dim model.encoder.num_heads "
+    "model.encoder.feedforward_dim model.encoder.subsampling_channels model.encoder.cnn_module_kernel "
+    "model.decoder.decoder_dim model.decoder.context_size model.decoder.num_layers model.joiner_dim "
+    "loss.s_range data.max_duration_s data.max_cut_s data.num_buckets optim.lr optim.eps optim.clip_norm "
+    "train.max_steps train.accumulate train.log_every train.valid_every train.save_every train.keep_last "
+    "train.keep_epochs train.average_period",
+    "[0, inf)": "model.encoder.chunk_size model.encoder.left_context loss.simple_loss_scale loss.warm_step "
+    "loss.ctc_weight spec_augment.num_time_masks spec_augment.max_time_mask_frames "
+    "spec_augment.num_feature_masks spec_augment.max_feature_mask_bins data.min_cut_s data.num_workers "
+    "optim.weight_decay optim.warmup_steps train.num_threads train.valid_wer_utterances train.max_nonfinite",
+    "[0, 1)": "model.encoder.dropout model.decoder.dropout optim.betas",
+    "[0, 1]": "loss.lm_scale loss.am_scale spec_augment.max_time_mask_fraction data.musan_prob "
+    "optim.final_lr_ratio",
+    "[0, 2147483648)": "data.seed train.seed",
+    "(-inf, inf)": "data.musan_snr_db",
+    "[80, 80]": "model.encoder.feature_dim",
+}
+_IN_WORDS = {"(0, inf)": "greater than 0", "[0, inf)": "0 or more", "[80, 80]": "80, as the features are"}
+_ADVICE = {"optim.clip_norm": "; a large number clips nothing"}
 
 
 def _check_values(config: PhaseConfig, origin: str) -> None:
@@ -202,10 +217,43 @@ def _check_values(config: PhaseConfig, origin: str) -> None:
         value = _lookup(config, key)
         if value not in choices:
             raise UserError(f"{origin}: {key}={value!r} is not one of {', '.join(choices)}")
-    for key in _POSITIVE:
-        if _lookup(config, key) <= 0:
-            raise UserError(f"{origin}: {key}={_lookup(config, key)} must be greater than 0")
-    encoder = config.model.encoder
+    for interval, keys in _RANGES.items():
+        for key in keys.split():
+            _check_range(key, _lookup(config, key), interval, origin)
+    for key in ("optim.betas", "data.musan_snr_db"):
+        if len(_lookup(config, key)) != 2:
+            raise UserError(f"{origin}: {key}={_lookup(config, key)} must be two numbers")
+    low, high = config.data.musan_snr_db
+    if low > high:
+        raise UserError(
+            f"{origin}: data.musan_snr_db=[{low:g}, {high:g}] must be the lowest, then the highest"
+        )
+    if config.loss.lm_scale + config.loss.am_scale >= 1:
+        raise UserError(
+            f"{origin}: loss.lm_scale={config.loss.lm_scale} and loss.am_scale={config.loss.am_scale} must "
+            "add up to less than 1: the rest is the weight of the joint probabilities"
+        )
+    if config.data.max_cut_s <= config.data.min_cut_s:
+        raise UserError(
+            f"{origin}: data.max_cut_s={config.data.max_cut_s} must be greater than "
+            f"data.min_cut_s={config.data.min_cut_s}: no cut is left to train on"
+        )
+    _check_encoder(config.model.encoder, origin)
+
+
+def _check_range(key: str, value: Any, interval: str, origin: str) -> None:
+    low, high = (float(limit) for limit in interval[1:-1].split(","))
+    for number in value if isinstance(value, list) else [value]:
+        above = low < number or (interval[0] == "[" and number == low)
+        below = number < high or (interval[-1] == "]" and number == high)
+        if not math.isfinite(number):
+            raise UserError(f"{origin}: {key}={value} must be finite")
+        if not (above and below):
+            words = _IN_WORDS.get(interval, f"in {interval}")
+            raise UserError(f"{origin}: {key}={value} must be {words}{_ADVICE.get(key, '')}")
+
+
+def _check_encoder(encoder: EncoderConfig, origin: str) -> None:
     if encoder.encoder_dim % encoder.num_heads or (encoder.encoder_dim // encoder.num_heads) % 2:
         raise UserError(
             f"{origin}: model.encoder.encoder_dim={encoder.encoder_dim} must be an even multiple of "
