@@ -20,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # Several processes compute, one thread each; more threads would only get into each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from transducer_kd.log import UserError, run_main, setup_logging  # noqa: E402
+from transducer_kd.log import UserError, one_line, run_main, setup_logging  # noqa: E402
+
+_ROLES = ("train", "unlabelled", "dev", "test")  # of the parts in parts.json
 
 
 def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -58,13 +60,12 @@ def all_parts(manifests_dir: Path) -> List[str]:
     path = manifests_dir / "parts.json"
     try:
         roles = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return list(dict.fromkeys(part for role in _ROLES for part in roles[role]))
+    except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(
-            f"{path} cannot be read; run local/prepare_manifests.py, or name the parts with --parts"
+            f"{path} cannot be read ({one_line(e)}); make it again with local/prepare_manifests.py, or name "
+            "the parts with --parts"
         ) from None
-    return list(
-        dict.fromkeys(part for role in ("train", "unlabelled", "dev", "test") for part in roles[role])
-    )
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -13,11 +13,11 @@ import logging
 import lzma
 import sys
 from pathlib import Path
-from typing import Iterator, List, Optional, Sequence
+from typing import Any, Iterator, List, Optional, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from transducer_kd.log import UserError, run_main, setup_logging, write_json  # noqa: E402
+from transducer_kd.log import UserError, one_line, run_main, setup_logging, write_json  # noqa: E402
 
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 
@@ -48,8 +48,8 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def read_texts(args: argparse.Namespace) -> Iterator[str]:
     """Transcripts of all sources, normalised as the manifests are."""
-    from lhotse import SupervisionSet  # late: --help and a mistyped option should answer at once
-
+    # Late: --help and a mistyped option should answer at once.
+    from transducer_kd.data.manifests import read_manifest
     from transducer_kd.data.validate import normalize_text
 
     for part in args.parts:
@@ -58,7 +58,8 @@ def read_texts(args: argparse.Namespace) -> Iterator[str]:
         path = args.manifests_dir / f"supervisions_{part}.jsonl.gz"
         if not path.is_file():
             raise UserError(f"{path} does not exist; make it with local/prepare_manifests.py")
-        yield from (s.text or "" for s in SupervisionSet.from_file(path))
+        mend = "make it again with local/prepare_manifests.py"
+        yield from (s.text or "" for s in read_manifest("supervisions", path, mend))
     for path in args.text + args.kaldi_text:
         try:
             with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as f:
@@ -66,7 +67,18 @@ def read_texts(args: argparse.Namespace) -> Iterator[str]:
                     text = line.partition(" ")[2] if path in args.kaldi_text else line
                     yield normalize_text(text, args.text_norm)
         except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as e:
-            raise UserError(f"text file {path} cannot be read: {' '.join(str(e).split())}") from None
+            raise UserError(f"text file {path} cannot be read: {one_line(e)}") from None
+
+
+def read_mark(path: Path) -> Any:
+    """What an earlier run said in lang.json. UserError when that is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:  # of the text's encoding, too
+        raise UserError(
+            f"{path} is damaged ({one_line(e)}); delete it and run this again: the same text gives the same "
+            "bpe.model"
+        ) from None
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -81,10 +93,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     wanted = {"vocab_size": args.vocab_size, "text_sha256": digest}
     mark = args.lang_dir / "lang.json"
     if (args.lang_dir / "bpe.model").exists() and mark.exists():
-        if json.loads(mark.read_text(encoding="utf-8")) == {
-            **wanted,
-            "sha256": Tokenizer(args.lang_dir).sha256,
-        }:
+        if read_mark(mark) == {**wanted, "sha256": Tokenizer(args.lang_dir).sha256}:
             logging.info("%s is up to date", args.lang_dir)
             return 0
         logging.warning(

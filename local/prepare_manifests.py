@@ -6,7 +6,7 @@ for training, validation, test, unlabelled), and problems_<part>.txt where an ut
 part whose input has not changed is left as it is. One source must be named:
 
   --corpus mini_librispeech --download-dir DIR         download (skipped when it is there)
-  --corpus librispeech [--full-libri 1]                100 h, or 960 h
+  --corpus librispeech [--full-libri 1]                100 h, or 960 h; with --corpus-dir an unpacked copy
   --corpus synthetic --corpus-dir DIR                  what local/make_synthetic_corpus.py wrote
   --corpus-dir DIR [--train-parts A B] [--dev-parts C] [--test-parts D]     any folder in LibriSpeech layout
   --csv train=train.csv dev=dev.csv test=test.csv      columns path,text,speaker[,id]
@@ -80,8 +80,9 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def choose_source(args: argparse.Namespace) -> Tuple[Reader, corpora.PartNames]:
     """The reader of a part, and the parts to read."""
+    named = named_parts(args)
     if args.corpus and args.corpus != "synthetic" and not args.corpus_dir:
-        return download_source(args)
+        return download_source(args, named)
     given = [name for name in ("corpus_dir", "csv", "kaldi_dir", "manifest_dir") if getattr(args, name)]
     if len(given) != 1:
         named = ", ".join("--" + n.replace("_", "-") for n in given) or "none"
@@ -99,19 +100,28 @@ def choose_source(args: argparse.Namespace) -> Tuple[Reader, corpora.PartNames]:
                 "--manifest-dir needs --train-parts, --dev-parts or --test-parts: which of its parts to read"
             )
         return lambda part: corpora.read_manifests(args.manifest_dir, part), choose_parts(args, [])
-    named = corpora.NAMED_PARTS.get(args.corpus)
     found = named.all() if named else corpora.find_parts(args.corpus_dir)
     return lambda part: corpora.read_librispeech_part(args.corpus_dir, part), choose_parts(args, found, named)
 
 
-def download_source(args: argparse.Namespace) -> Tuple[Reader, corpora.PartNames]:
+def named_parts(args: argparse.Namespace) -> Optional[corpora.PartNames]:
+    """The parts that --corpus and --full-libri stand for; None without --corpus."""
+    if args.full_libri and args.corpus != "librispeech":
+        raise UserError(
+            "--full-libri 1 says which parts of --corpus librispeech to use; for other data name them with "
+            "--train-parts"
+        )
+    named = corpora.NAMED_PARTS.get(args.corpus)
+    if named and args.full_libri:
+        named = dataclasses.replace(named, train=named.train + corpora.FULL_LIBRI_PARTS)
+    return named
+
+
+def download_source(args: argparse.Namespace, named: corpora.PartNames) -> Tuple[Reader, corpora.PartNames]:
     if not args.download_dir:
         raise UserError(
             f"--corpus {args.corpus} needs --download-dir, or --corpus-dir with the unpacked corpus"
         )
-    named = corpora.NAMED_PARTS[args.corpus]
-    if args.full_libri and args.corpus == "librispeech":
-        named = dataclasses.replace(named, train=named.train + corpora.FULL_LIBRI_PARTS)
     parts = choose_parts(args, named.all(), named)
     corpus_dir = corpora.download(args.corpus, parts.all(), args.download_dir)
     return lambda part: corpora.read_librispeech_part(corpus_dir, part), parts

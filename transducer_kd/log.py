@@ -18,8 +18,23 @@ from typing import Any, Callable, Iterable, Iterator, Optional, TypeVar
 Item = TypeVar("Item")
 
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_PATH_MENDS = {
+    FileNotFoundError: "name a path that exists",
+    FileExistsError: "move it away or name another folder",
+    IsADirectoryError: "name a file",
+    NotADirectoryError: "name a folder; a part of this path is a file",
+    PermissionError: "give yourself access or name another path",
+}
+
+
 class UserError(Exception):
     """Something the user can mend. The message names the thing (file, cut, key) and says what to do."""
+
+
+def one_line(error: BaseException) -> str:
+    """Kind and message of an error of a library, short enough for a line of ours."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def setup_logging(log_file: Optional[Path] = None, rank: int = 0, world_size: int = 1) -> None:
@@ -40,16 +55,24 @@ def setup_logging(log_file: Optional[Path] = None, rank: int = 0, world_size: in
 
 
 def run_main(main: Callable[[], Optional[int]]) -> None:
-    """Run a program's main: a UserError or a full disk becomes one clear line and exit status 1."""
+    """Run a program's main: a UserError, a full disk or a path that cannot be used becomes one clear line and
+    exit status 1.
+    """
+    # A log file on a full disk would otherwise answer every message with a page of traceback.
+    logging.raiseExceptions = False
     try:
         status = main()
     except UserError as e:
         logging.error("%s", e)
         status = 1
     except OSError as e:
-        if e.errno != errno.ENOSPC:
+        if e.errno in _DISK_FULL:
+            logging.error("%s", disk_full(e.filename or os.getcwd()))
+        elif e.filename is not None:
+            mend = _PATH_MENDS.get(type(e), "mend that or name another path")
+            logging.error("%s: %s; %s", e.filename, e.strerror, mend)
+        else:
             raise
-        logging.error("%s", disk_full(e.filename or os.getcwd()))
         status = 1
     except KeyboardInterrupt:
         logging.error("interrupted; run the same command again to go on")
@@ -64,7 +87,8 @@ def disk_full(path: Any) -> UserError:
         folder = folder.parent
     free_mb = shutil.disk_usage(folder).free / 1e6
     return UserError(
-        f"no space left on the disk while writing {path} ({free_mb:.0f} MB free); free some and run again"
+        f"no space left on the disk while writing {path} ({free_mb:.0f} MB free, or what a quota leaves); "
+        "free some and run again"
     )
 
 
@@ -100,7 +124,7 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[Any]:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        if e.errno == errno.ENOSPC:
+        if e.errno in _DISK_FULL:
             raise disk_full(path) from e
         raise
     finally:

@@ -57,6 +57,12 @@ def load_program(name: str):
     return module
 
 
+@pytest.fixture
+def local_program() -> Callable:
+    """local_program("prepare_manifests"): the module."""
+    return load_program
+
+
 def call_program(name: str, *arguments: object) -> int:
     program = load_program(name)
     with pytest.raises(SystemExit) as stopped:

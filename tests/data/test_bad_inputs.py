@@ -237,10 +237,38 @@ def test_bad_lhotse_manifests(prepared, tmp_path, run_program):
     for kind in ("recordings", "supervisions"):
         shutil.copy(prepared.manifests / f"{kind}_dev.jsonl.gz", tmp_path)
     truncate(tmp_path / "recordings_dev.jsonl.gz", 0.5)
-    assert_one_line(run_program(*options), "part dev", tmp_path, "cannot be read")
+    assert_one_line(run_program(*options), tmp_path / "recordings_dev.jsonl.gz", "cannot be read")
     with gzip.open(tmp_path / "recordings_dev.jsonl.gz", "wt") as f:
         f.writelines(gzip.open(prepared.manifests / "recordings_dev.jsonl.gz", "rt").readlines()[1:])
     assert_one_line(run_program(*options), "names recording", "do not have")
+
+
+def test_damaged_files_of_the_earlier_stages(prepared, tmp_path, run_program):
+    manifests, lang = tmp_path / "manifests", tmp_path / "lang"
+    shutil.copytree(prepared.manifests, manifests)
+    shutil.copytree(prepared.lang, lang)
+    learn = ("prepare_lang", "--manifests-dir", manifests, "--parts", "train", "--lang-dir", lang)
+    learn += ("--vocab-size", 40)
+    (lang / "lang.json").write_text('{"vocab_size": 4')
+    assert_one_line(run_program(*learn), lang / "lang.json", "delete it and run this again")
+    truncate(manifests / "supervisions_train.jsonl.gz", 0.5)
+    for options in (learn, ("compute_fbank", "--manifests-dir", manifests, "--fbank-dir", tmp_path / "f")):
+        assert_one_line(run_program(*options), "supervisions_train.jsonl.gz", "prepare_manifests.py")
+    for content in ('{"train": ["train"]}', '["train"]', "{"):
+        (manifests / "parts.json").write_text(content)
+        assert_one_line(run_program(*options), manifests / "parts.json", "--parts")
+
+
+def test_a_folder_where_a_file_belongs_and_the_other_way_round(tmp_path, run_program):
+    file = tmp_path / "file"
+    file.write_text("")
+    table = ("prepare_manifests", "--csv", f"train={tmp_path}", "--output-dir", tmp_path / "m")
+    assert_one_line(run_program(*table), f"{tmp_path}: Is a directory; name a file")
+    corpus = ("prepare_manifests", "--corpus-dir", tmp_path, "--output-dir", file / "m")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.trans.txt").write_text("a HELLO\n")
+    assert_one_line(run_program(*corpus), f"{file / 'm'}: Not a directory; name a folder")
+    assert_one_line(run_program(*corpus[:-1], file), f"{file}: File exists; move it away")
 
 
 def test_no_network(tmp_path, run_program, monkeypatch):
@@ -300,7 +328,7 @@ def test_training_on_parts_features_and_cuts_that_are_not_there(prepared, tmp_pa
     with pytest.raises(UserError, match=f"{cuts[5].id} appears twice"):
         next(data_module(prepared, fbank_dir=str(tmp_path)).train_batches(1))
     truncate(tmp_path / "cuts_train.jsonl.gz", 0.5)
-    with pytest.raises(UserError, match="not a readable CutSet"):
+    with pytest.raises(UserError, match="cannot be read as lhotse cuts"):
         next(data_module(prepared, fbank_dir=str(tmp_path)).train_batches(1))
 
 

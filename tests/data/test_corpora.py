@@ -191,3 +191,22 @@ def test_one_channel_of_two(tmp_path):
     assert not problems and segments[0].channel == 1
     samples = recordings[0].load_audio(channels=1)
     assert samples.mean() == pytest.approx(-0.2, abs=1e-3)
+
+
+def test_full_libri_means_the_same_for_an_unpacked_copy_and_a_download(
+    tmp_path, run_program, local_program, monkeypatch
+):
+    program = local_program("prepare_manifests")
+    monkeypatch.setattr(corpora, "download", lambda corpus, parts, folder: folder)
+    trained = []
+    for place in ("--corpus-dir", "--download-dir"):
+        for full in ("0", "1"):
+            options = ["--output-dir", "m", "--corpus", "librispeech", "--full-libri", full, place, "x"]
+            trained.append(program.choose_source(program.parse_arguments(options))[1].train)
+    assert trained[0] == trained[2] == ["train-clean-100"]
+    assert trained[1] == trained[3] == ["train-clean-100", "train-clean-360", "train-other-500"]
+    for options in (("--corpus", "synthetic"), ()):
+        outcome = run_program(
+            "prepare_manifests", "--output-dir", tmp_path, "--full-libri", 1, "--corpus-dir", "x", *options
+        )
+        assert outcome.status == 1 and "--full-libri 1" in outcome.errors[0]

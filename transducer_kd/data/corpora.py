@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-from transducer_kd.log import UserError, check_disk_space
+from transducer_kd.data.manifests import read_manifest
+from transducer_kd.log import UserError, check_disk_space, one_line
 
 
 @dataclass
@@ -181,29 +182,24 @@ def read_kaldi_dir(folder: Path) -> List[Utterance]:
 
 def read_manifests(folder: Path, part: str) -> List[Utterance]:
     """lhotse's `*recordings_<part>.jsonl[.gz]` with `*supervisions_<part>`, or `*cuts_<part>`."""
-    from lhotse import CutSet, RecordingSet, SupervisionSet  # late: --help should not wait for it
-
     folder = Path(folder)
-    try:
-        cuts = _manifest_file(folder, "cuts", part)
-        if cuts is not None:
-            recordings, supervisions, _ = CutSet.from_file(cuts).decompose(verbose=False)
-        else:
-            paths = [_manifest_file(folder, kind, part) for kind in ("recordings", "supervisions")]
-            if None in paths:
-                raise UserError(
-                    f"{folder} has neither recordings_{part} with supervisions_{part}, nor cuts_{part}"
-                )
-            recordings, supervisions = RecordingSet.from_file(paths[0]), SupervisionSet.from_file(paths[1])
-        known = {recording.id: recording for recording in recordings}
-        segments = list(supervisions or [])
-    except UserError:
-        raise
-    except Exception as e:  # gzip, JSON and lhotse each have their own
-        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-        raise UserError(f"the manifests of part {part} in {folder} cannot be read ({reason})") from None
+    mend = "make it again"
+    cuts = _manifest_file(folder, "cuts", part)
+    if cuts is not None:
+        from lhotse import CutSet  # late: --help should not wait for it
+
+        recordings, segments, _ = CutSet.from_cuts(read_manifest("cuts", cuts, mend)).decompose()
+    else:
+        paths = [_manifest_file(folder, kind, part) for kind in ("recordings", "supervisions")]
+        if None in paths:
+            raise UserError(
+                f"{folder} has neither recordings_{part} with supervisions_{part}, nor cuts_{part}"
+            )
+        recordings = read_manifest("recordings", paths[0], mend)
+        segments = read_manifest("supervisions", paths[1], mend)
+    known = {recording.id: recording for recording in recordings or []}
     utterances = []
-    for segment in segments:
+    for segment in segments or []:
         recording = known.get(segment.recording_id)
         if recording is None:
             raise UserError(
@@ -254,10 +250,9 @@ def download(corpus: str, parts: Sequence[str], download_dir: Path) -> Path:
         try:
             download_librispeech(download_dir, dataset_parts=[part])
         except Exception as e:  # urllib, tarfile, socket each have their own
-            reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
             raise UserError(
-                f"cannot download {part} ({reason}); is there a network? Fetch {address} in another way and "
-                f"unpack it in {download_dir}, or pass --corpus-dir with a folder that has it"
+                f"cannot download {part} ({one_line(e)}); is there a network? Fetch {address} in another way "
+                f"and unpack it in {download_dir}, or pass --corpus-dir with a folder that has it"
             ) from None
         finally:
             socket.setdefaulttimeout(previous)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
-from lhotse import CutSet
 from lhotse.cut import Cut
 from lhotse.dataset import DynamicBucketingSampler
 
@@ -24,6 +23,7 @@ from transducer_kd.config import DataConfig
 from transducer_kd.data.batch import Batch
 from transducer_kd.data.dataset import CutDataset, NoiseMixer, batches_by_duration, cut_frames, cut_text
 from transducer_kd.data.features import SAMPLING_RATE, FeatureExtractor
+from transducer_kd.data.manifests import read_manifest
 from transducer_kd.data.tokenizer import UNK_ID, Tokenizer
 from transducer_kd.log import UserError
 
@@ -235,11 +235,7 @@ def load_cuts(fbank_dir: Path, part: str) -> List[Cut]:
 
 def read_cuts(path: Path) -> List[Cut]:
     """All cuts of a lhotse CutSet file. UserError when it is missing or damaged, or names a cut twice."""
-    try:
-        cuts = list(CutSet.from_file(path))
-    except Exception as e:  # gzip, JSON and lhotse each have their own
-        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-        raise UserError(f"{path} is not a readable CutSet ({reason}); delete it and make it again") from None
+    cuts = read_manifest("cuts", path)
     seen = set()
     for cut in cuts:
         if cut.id in seen:

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Iterator, List, Optional, Sequence, Tuple
 
 import torch
-from lhotse import CutSet, RecordingSet, SupervisionSet
 from lhotse.cut import Cut, MonoCut
 
 from transducer_kd.data.dataset import load_audio
 from transducer_kd.data.features import BYTES_PER_AUDIO_S, FeatureExtractor, FeatureFileWriter
+from transducer_kd.data.manifests import read_manifest
 from transducer_kd.data.validate import save_manifest
 from transducer_kd.log import UserError, atomic_write, check_disk_space, progress
 
@@ -47,14 +47,9 @@ def read_part(manifests_dir: Path, part: str) -> List[MonoCut]:
     for path in paths:
         if not path.is_file():
             raise UserError(f"{path} does not exist; make it with local/prepare_manifests.py")
-    try:
-        recordings = {r.id: r for r in RecordingSet.from_file(paths[0])}
-        supervisions = list(SupervisionSet.from_file(paths[1]))
-    except Exception as e:  # gzip, JSON and lhotse each have their own
-        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-        raise UserError(
-            f"the manifests of part {part} in {manifests_dir} cannot be read ({reason}); make them again"
-        ) from None
+    mend = "make it again with local/prepare_manifests.py"
+    recordings = {r.id: r for r in read_manifest("recordings", paths[0], mend)}
+    supervisions = read_manifest("supervisions", paths[1], mend)
     cuts = []
     for s in supervisions:
         recording = recordings.get(s.recording_id)
@@ -113,7 +108,7 @@ def store_part(manifests_dir: Path, fbank_dir: Path, part: str, options: StoreOp
     ):
         for message in bad:
             logging.warning("%s, shard %d, left out: %s", name, n, message)
-    stored = [c for n, _ in shards for c in CutSet.from_file(shards_dir / f"{n:05d}.jsonl.gz")]
+    stored = [c for n, _ in shards for c in read_manifest("cuts", shards_dir / f"{n:05d}.jsonl.gz")]
     if len(stored) < len(cuts):
         logging.warning(
             "%s: left out %d of %d cuts whose audio cannot be read", name, len(cuts) - len(stored), len(cuts)
