@@ -83,13 +83,34 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.methods = split_list(args.decoding_method or ["greedy_search"])
     args.parts = split_list(args.test_parts or ["test-clean,test-other"])
-    positive = "max_duration max_sym_per_frame beam_size beam max_contexts max_states num_paths nbest_scale"
+    check_arguments(parser, args)
+    return args
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the program with one line for an option that makes no sense."""
+
+    def option(name: str) -> str:
+        return "--" + name.replace("_", "-")
+
+    positive = (
+        "max_duration max_sym_per_frame beam_size beam max_contexts max_states num_paths nbest_scale avg"
+    )
     for name in positive.split():
-        if getattr(args, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be greater than 0")
+        if not getattr(args, name) > 0:
+            parser.error(f"{option(name)} must be greater than 0")
+    for name, lowest in (("num_threads", 0), ("num_utts", 0), ("epoch", -1), ("chunk_size", -1)):
+        if getattr(args, name) < lowest:
+            parser.error(f"{option(name)} must be {lowest} or more, not {getattr(args, name)}")
+    for name, found in (("decoding_method", args.methods), ("test_parts", args.parts)):
+        if not found:
+            parser.error(f"{option(name)} {shlex.quote(','.join(getattr(args, name)))} names nothing")
+    if args.epoch == -1 and (args.avg > 1 or args.use_averaged_model):
+        parser.error(
+            "--epoch -1 is best-valid.pt, which has no average: leave --avg, --use-averaged-model out"
+        )
     if args.save_lattices and not any(m.startswith("fast_beam_search") for m in args.methods):
         parser.error("--save-lattices needs one of the fast_beam_search methods")
-    return args
 
 
 Row = Tuple[str, Any, Any]  # part, MethodResult, WerReport

@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from transducer_kd.decode.beam_search import modified_beam_search
 from transducer_kd.data.tokenizer import UNK_ID
+from transducer_kd.decode.beam_search import modified_beam_search
 from transducer_kd.decode.greedy import greedy_search
 
 LENS = [8, 3, 1, 6]

@@ -170,9 +170,27 @@ def test_what_cannot_work_is_one_clear_error_before_any_work(decode, arguments, 
     assert names(decode.exp_dir) == ["epoch-1.pt", "epoch-2.pt"]
 
 
-@pytest.mark.parametrize("arguments", [["--beam-size", "0"], ["--save-lattices", "x"], ["--epoch", "two"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--beam-size", "0"],
+        ["--beam", "nan"],
+        ["--avg", "0"],
+        ["--save-lattices", "x"],
+        ["--epoch", "two"],
+        ["--epoch", "-3"],
+        ["--epoch", "-1", "--avg", "2"],
+        ["--epoch", "-1", "--use-averaged-model"],
+        ["--num-threads", "-2"],
+        ["--num-utts", "-1"],
+        ["--chunk-size", "-2"],
+        ["--test-parts", ""],
+        ["--decoding-method", ","],
+    ],
+)
 def test_senseless_options_are_refused(decode, arguments, capsys):
     with pytest.raises(SystemExit) as error:
         decode(*arguments)
     assert error.value.code == 2
-    assert arguments[0] in capsys.readouterr().err
+    assert arguments[0] in capsys.readouterr().err.splitlines()[-1]
+    assert names(decode.exp_dir) == ["epoch-1.pt", "epoch-2.pt"]

@@ -20,7 +20,7 @@ import kaldialign
 import torch
 
 from transducer_kd.decode.greedy import Hypothesis
-from transducer_kd.log import UserError, atomic_write
+from transducer_kd.log import UserError, atomic_write, one_line
 
 # Log-probability of what may not happen. Finite, so that sums of it stay numbers; any beam prunes it.
 _IMPOSSIBLE = -1e10
@@ -199,9 +199,7 @@ def load_lattices(path: Path) -> Tuple[List[str], Any]:
             f"lattice file {path} does not exist; make it with local/decode.py --save-lattices"
         ) from None
     except Exception as e:  # torch.load raises whatever the pickle reader stumbled over
-        raise UserError(
-            f"{path} is not a lattice file ({' '.join(str(e).split())[:120]}); decode again"
-        ) from None
+        raise UserError(f"{path} is not a lattice file ({one_line(e)}); decode again") from None
 
 
 def _best_paths(k2: Any, lattices: Any) -> List[Hypothesis]:
