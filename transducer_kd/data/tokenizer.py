@@ -79,7 +79,10 @@ def train_bpe(texts: Iterable[str], lang_dir: Path, vocab_size: int) -> Tokenize
 
 
 def check_same_tokenizer(expected_sha256: str, lang_dir: Path) -> None:
-    """Raise UserError unless `lang_dir`'s BPE model is the one with hash `expected_sha256`."""
+    """Raise UserError unless `lang_dir`'s BPE model is the one with hash `expected_sha256`.
+
+    For a phase that learns from another one's token posteriors, or starts from its weights.
+    """
     found = Tokenizer(lang_dir).sha256
     if found != expected_sha256:
         raise UserError(
