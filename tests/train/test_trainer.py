@@ -131,6 +131,19 @@ def test_too_many_non_finite_batches_end_the_run(tmp_path):
         toy_trainer(tmp_path, "train.max_nonfinite=2", poison=poison).run()
 
 
+@pytest.mark.parametrize("message", ["CUDA out of memory. Tried", "CUBLAS_STATUS_ALLOC_FAILED"])
+def test_out_of_memory_names_the_batch_and_what_to_lower(tmp_path, message):
+    trainer = toy_trainer(tmp_path)
+
+    def hungry(batch, step):
+        raise RuntimeError(message)
+
+    trainer.objective.forward = hungry
+    expected = r"update 0 with 3 utterances of up to T=3 frames and U=3 tokens \(cut-1-0-0, .*lower data\.max"
+    with pytest.raises(UserError, match=expected):
+        trainer.run()
+
+
 def test_finished_run_is_not_trained_again(tmp_path):
     toy_trainer(tmp_path).run()
     before = (tmp_path / "train_log.jsonl").read_bytes()

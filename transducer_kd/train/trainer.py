@@ -9,13 +9,12 @@ updates. So a run that is killed and resumed goes through the same numbers as on
 
 import contextlib
 import logging
-import resource
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from torch import nn
@@ -24,7 +23,7 @@ from transducer_kd.config import PhaseConfig, to_dict
 from transducer_kd.log import UserError
 from transducer_kd.objectives.base import LossOutput, Objective
 from transducer_kd.train import checkpoint as ckpt
-from transducer_kd.train import ddp
+from transducer_kd.train import ddp, faults
 from transducer_kd.train.metrics import MetricsWindow, TrainLog
 from transducer_kd.train.optim import build_grad_scaler, build_optimizer, learning_rate
 
@@ -121,7 +120,7 @@ class Trainer:
                 self.bar.close()
             if self.writer is not None:
                 self.writer.close()
-        self._log_peak_memory()
+        self._log_cost()
         return self.progress.step >= self.options.max_steps
 
     def _run_epoch(self) -> None:
@@ -169,7 +168,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         totals = {"num_frames": 0.0, "audio_s": sum(b.audio_s for b in batches)}
         state.batch_in_epoch += len(batches)
-        with self._naming_out_of_memory(batches):
+        with faults.naming_out_of_memory(batches, step):
             for i, batch in enumerate(batches):
                 if not self._forward_backward(batch, step, totals, last=i == len(batches) - 1):
                     return
@@ -232,11 +231,8 @@ class Trainer:
         """Name and save this rank's batch, if it is the one, and count the event."""
         what = "the loss of another rank"
         if mine is not None:
-            batch, output = mine
-            bad = (~torch.isfinite(output.losses)).tolist()
-            rows = zip(batch.cut_ids, output.encoder_out_lens.tolist(), batch.y_lens.tolist())
-            named = ", ".join(f"{cut} (T'={t}, U={u})" for (cut, t, u), is_bad in zip(rows, bad) if is_bad)
-            what = f"the loss of {named}, in the batch saved as {self._save_batch(batch)},"
+            saved = self._save_batch(mine[0])
+            what = f"the loss of {faults.nonfinite_cuts(*mine)}, in the batch saved as {saved},"
         self._count_nonfinite(what)
 
     def _drop_update(self, batches: List[Any]) -> None:
@@ -262,24 +258,6 @@ class Trainer:
                 "train.precision=fp32"
             )
         logging.warning("%s; no update from it (%d in this epoch)", message, state.nonfinite)
-
-    @contextlib.contextmanager
-    def _naming_out_of_memory(self, batches: List[Any]) -> Iterator[None]:
-        """Turn CUDA's out-of-memory errors, wherever they come up, into one that names the batch."""
-        try:
-            yield
-        except RuntimeError as e:
-            if "out of memory" not in str(e) and "ALLOC_FAILED" not in str(e):
-                raise
-            worst = max(batches, key=lambda b: len(b.cut_ids) * int(b.feature_lens.max()))
-            cuts = ", ".join(worst.cut_ids[:8]) + (" ..." if len(worst.cut_ids) > 8 else "")
-            raise UserError(
-                f"the GPU ran out of memory at update {self.progress.step} with {len(worst.cut_ids)} "
-                f"utterances of up to T={int(worst.feature_lens.max())} frames and "
-                f"U={int(worst.y_lens.max())} tokens ({cuts}); lower data.max_duration_s (now "
-                f"{self.config.data.max_duration_s:g}) or data.max_cut_s, and raise train.accumulate to keep "
-                "the batch size"
-            ) from e
 
     # ---------------------------------------------------------------- log, validate, save, resume
 
@@ -324,7 +302,7 @@ class Trainer:
             return
         start, state = time.perf_counter(), self.progress
         self.objective.eval()
-        with torch.no_grad(), self._autocast(), self._naming_out_of_memory([batch]):
+        with torch.no_grad(), self._autocast(), faults.naming_out_of_memory([batch], state.step):
             result = self.validate(self.objective, state.step)
         self.objective.train()
         shown = ", ".join(f"{k}={v:.4f}" for k, v in result.metrics.items())
@@ -414,19 +392,10 @@ class Trainer:
             raise KeyboardInterrupt
         self.stop_signal = number
 
-    def _log_peak_memory(self) -> None:
-        peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        gpu = (
-            f", GPU {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB" if self.device.type == "cuda" else ""
-        )
+    def _log_cost(self) -> None:
         rate = self.progress.audio_s / max(self.progress.elapsed_s, 1e-9)
-        logging.info(
-            "%d updates, %.0f audio-s/s overall, peak memory %.0f MiB%s",
-            self.progress.step,
-            rate,
-            peak_mb,
-            gpu,
-        )
+        memory = faults.peak_memory(self.device)
+        logging.info("%d updates, %.0f audio-s/s, peak memory %s", self.progress.step, rate, memory)
 
 
 def _progress_bar(total: int, done: int) -> Any:
