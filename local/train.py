@@ -17,8 +17,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
-
 from transducer_kd.config import load_config  # noqa: E402
 from transducer_kd.log import UserError, run_main, setup_logging  # noqa: E402
 
@@ -52,6 +50,8 @@ def main() -> int:
     setup_logging()
     config = load_config(args.config, args.set)
     # Imported late: --help and a mistyped option should answer at once.
+    import torch
+
     from transducer_kd import build
     from transducer_kd.train import checkpoint, ddp, experiment
     from transducer_kd.train.trainer import Trainer
