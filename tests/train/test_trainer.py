@@ -109,10 +109,10 @@ def test_loss_is_divided_once_by_all_frames(tmp_path):
     batch = next(toy_batches(1, 0))
     objective = ToyObjective(0.0)
     expected = objective(batch, 0).loss_sum / len(batch.features)
-    assert losses(tmp_path)[0]["loss"] == pytest.approx(float(expected), rel=1e-6)
+    assert losses(tmp_path)[0]["loss"] == pytest.approx(expected.item(), rel=1e-6)
     expected.backward()
     norm = torch.cat([p.grad.flatten() for p in objective.parameters()]).norm()
-    assert losses(tmp_path)[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+    assert losses(tmp_path)[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
 
 
 def test_non_finite_batch_is_named_saved_and_skipped(tmp_path, caplog):
