@@ -50,10 +50,25 @@ class DecoderConfig:
 
 
 @dataclass
+class LasConfig:
+    """Second pass: an attention decoder that rescores the first pass's hypotheses."""
+
+    enabled: bool = False
+    num_encoder_layers: int = 0  # conformer layers of its own on encoder_out, always full context
+    decoder_dim: int = 256
+    num_layers: int = 1  # of the LSTM over tokens
+    attention_dim: int = 256  # of all heads together
+    num_heads: int = 4
+    dropout: float = 0.1
+    label_smoothing: float = 0.1
+
+
+@dataclass
 class ModelConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     joiner_dim: int = 256
+    las: LasConfig = field(default_factory=LasConfig)
 
 
 @dataclass
@@ -194,14 +209,17 @@ _RANGES = {
     "(0, inf)": "model.encoder.num_layers model.encoder.encoder_dim model.encoder.num_heads "
     "model.encoder.feedforward_dim model.encoder.subsampling_channels model.encoder.cnn_module_kernel "
     "model.decoder.decoder_dim model.decoder.context_size model.decoder.num_layers model.joiner_dim "
+    "model.las.decoder_dim model.las.num_layers model.las.attention_dim model.las.num_heads "
     "loss.s_range data.max_duration_s data.max_cut_s data.num_buckets optim.lr optim.eps optim.clip_norm "
     "train.max_steps train.accumulate train.log_every train.valid_every train.save_every train.keep_last "
     "train.keep_epochs train.average_period",
-    "[0, inf)": "model.encoder.chunk_size model.encoder.left_context loss.simple_loss_scale loss.warm_step "
+    "[0, inf)": "model.encoder.chunk_size model.encoder.left_context model.las.num_encoder_layers "
+    "loss.simple_loss_scale loss.warm_step "
     "loss.ctc_weight spec_augment.num_time_masks spec_augment.max_time_mask_frames "
     "spec_augment.num_feature_masks spec_augment.max_feature_mask_bins data.min_cut_s data.num_workers "
     "optim.weight_decay optim.warmup_steps train.num_threads train.valid_wer_utterances train.max_nonfinite",
-    "[0, 1)": "model.encoder.dropout model.decoder.dropout optim.betas",
+    "[0, 1)": "model.encoder.dropout model.decoder.dropout model.las.dropout model.las.label_smoothing "
+    "optim.betas",
     "[0, 1]": "loss.lm_scale loss.am_scale spec_augment.max_time_mask_fraction data.musan_prob "
     "optim.final_lr_ratio",
     "[0, 2147483648)": "data.seed train.seed",
@@ -239,6 +257,12 @@ def _check_values(config: PhaseConfig, origin: str) -> None:
             f"data.min_cut_s={config.data.min_cut_s}: no cut is left to train on"
         )
     _check_encoder(config.model.encoder, origin)
+    las = config.model.las
+    if las.attention_dim % las.num_heads:
+        raise UserError(
+            f"{origin}: model.las.attention_dim={las.attention_dim} must be a multiple of "
+            f"num_heads={las.num_heads}"
+        )
 
 
 def _check_range(key: str, value: Any, interval: str, origin: str) -> None:
