@@ -10,7 +10,8 @@ from transducer_kd.models.las import SOS_EOS_ID, Las, prefix_table
 
 V = 11
 HYPS = [
-    [[3, 4, 5], [3, 4, 6, 2], [3], [], [3, 4, 5]],  # prefixes in common, the empty one, one twice
+    # Prefixes in common, the empty one, one twice, and one that only ends like another.
+    [[3, 4, 5], [3, 4, 6, 2], [3], [], [3, 4, 5], [7, 4, 6, 2]],
     [[]],
     [],  # an utterance whose lattice was empty
     [[7, 2, 9, 9, 9, 10], [8]],
@@ -120,7 +121,7 @@ def test_padding_gets_no_gradient(las):
 def test_scores_equal_one_hypothesis_at_a_time(las, share_prefixes):
     encoder_out, lens, _, _ = make_batch()
     scores = las.score(encoder_out, lens, HYPS, share_prefixes)
-    assert [len(s) for s in scores] == [5, 1, 0, 2]
+    assert [len(s) for s in scores] == [6, 1, 0, 2]
     for n, nbest in enumerate(HYPS):
         for hyp, score in zip(nbest, scores[n]):
             expected = score_reference(las, encoder_out[n : n + 1, : lens[n]], hyp)
@@ -165,7 +166,7 @@ def test_scores_are_differentiable_and_so_are_shared_prefixes():
     gradients = []
     for share_prefixes in (True, False):
         las = make_las(1)
-        weights = iter(torch.linspace(-1, 1, 8))
+        weights = iter(torch.linspace(-1, 1, 9))
         total = sum(s * next(weights) for n in las.score(encoder_out, lens, HYPS, share_prefixes) for s in n)
         total.backward()
         gradients.append([p.grad for p in las.parameters()])
