@@ -1,5 +1,6 @@
 """The loop: exact resume, global normalisation, accumulation, skipped batches, signals, files."""
 
+import json
 import os
 import signal
 import subprocess
@@ -181,6 +182,11 @@ def test_other_configuration_names_what_differs(tmp_path):
     other = toy_trainer(tmp_path, "optim.lr=0.1", "train.log_every=2").config
     with pytest.raises(UserError, match=r"\(optim\.lr: 0\.05 -> 0\.1\)"):
         experiment.prepare_exp_dir(tmp_path, other, 4)
+    # A setting that a newer version added does not make an old run another one.
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["train"]["keep_epochs"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    experiment.prepare_exp_dir(tmp_path, trainer.config, 4)
     experiment.set_aside(tmp_path)
     assert not tmp_path.exists() and len(list(tmp_path.parent.glob(f"{tmp_path.name}.old-*/epoch-4.pt"))) == 1
 

@@ -15,7 +15,7 @@ from typing import Any, Dict, Optional
 
 import torch
 
-from transducer_kd.config import PhaseConfig, to_dict
+from transducer_kd.config import PhaseConfig, from_dict, to_dict
 from transducer_kd.log import UserError, check_disk_space, write_json
 from transducer_kd.train import ddp
 
@@ -50,7 +50,8 @@ def prepare_exp_dir(exp_dir: Path, config: PhaseConfig, num_parameters: int) -> 
     new = to_dict(config)
     if path.exists() and (any(exp_dir.glob("epoch-*.pt")) or any(exp_dir.glob("checkpoint-*.pt"))):
         try:
-            old = json.loads(path.read_text(encoding="utf-8"))
+            # Through the dataclasses: a setting that did not exist then had what is its default now.
+            old = to_dict(from_dict(json.loads(path.read_text(encoding="utf-8")), str(path)))
         except json.JSONDecodeError:
             raise UserError(f"{path} is not JSON; start again with --restart") from None
         a, b = _flat(old), _flat(new)
