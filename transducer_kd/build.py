@@ -19,6 +19,7 @@ from transducer_kd.models.transducer import Transducer
 from transducer_kd.objectives.base import Objective
 from transducer_kd.objectives.transducer import TransducerObjective
 from transducer_kd.train import checkpoint as ckpt
+from transducer_kd.train import faults
 from transducer_kd.train.trainer import Validation
 
 
@@ -71,8 +72,9 @@ class Validator:
         sums: Dict[str, float] = {}
         frames, texts, images = 0.0, [], {}
         for batch in self.data.valid_batches():
-            batch = batch.to(self.device)
-            output = objective(batch, step)
+            with faults.naming_out_of_memory([batch], step, "validation with "):
+                batch = batch.to(self.device)
+                output = objective(batch, step)
             frames += float(output.num_frames)
             for name, value in output.metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value)

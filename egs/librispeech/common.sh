@@ -321,9 +321,12 @@ trap on_signal INT TERM HUP
 data_fingerprint() {
   local name
   for name in corpus_name corpus is_named_corpus full_libri corpus_dir csv kaldi_dir manifest_dir train_parts dev_parts \
-    test_parts unlabelled_parts bad_audio resample channel text_norm; do
+    test_parts unlabelled_parts bad_audio resample; do
     echo "$name=${!name}"
   done
+  # Options that came later count only where they differ from their default: older marks stay good.
+  [ -z "$channel" ] || echo "channel=$channel"
+  [ "$text_norm" = upper ] || echo "text_norm=$text_norm"
   [ "$corpus" != synthetic ] || echo "synthetic=$([ "$scale" = smoke ] && echo smoke || echo mini)"
 }
 feature_fingerprint() {

@@ -9,6 +9,9 @@ import logging
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -254,3 +257,33 @@ def test_cuts_of_a_moved_folder_still_find_their_features(prepared, tmp_path):
 def test_noise_without_audio_to_mix_it_into_is_refused(build, prepared):
     with pytest.raises(UserError, match="on_the_fly_feats"):
         build(musan_cuts=str(prepared.fbank / "cuts_dev.jsonl.gz"))
+
+
+FAILING_LOADER = """
+import os, signal, sys
+from transducer_kd.data.datamodule import _load
+from transducer_kd.log import UserError, run_main
+
+class Dataset:
+    def __getitem__(self, item):
+        if item[0] == 2 and sys.argv[1] == "error":
+            return UserError("cut x cannot be read")
+        if item[0] == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item[0]
+
+def main():
+    batches = _load(Dataset(), [(i, []) for i in range(9)], 2)
+    for batch in batches:
+        pass
+
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize("fault, said", [("error", "cut x cannot be read"), ("killed", "killed by signal")])
+def test_a_failed_loader_ends_the_process(fault, said):
+    """Its workers do not listen to SIGTERM, which is all that an exiting Python sends them."""
+    command = [sys.executable, "-c", FAILING_LOADER, fault]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2])
+    assert done.returncode == 1 and said in done.stderr

@@ -54,7 +54,13 @@ def my_batches(epoch, start_batch):
 
 
 class RecordingTrainer(Trainer):
-    """Keeps the gradient of every update."""
+    """Keeps the gradient of every update, and counts those that were dropped."""
+
+    dropped = 0
+
+    def _count_nonfinite(self, what):
+        super()._count_nonfinite(what)
+        self.dropped += 1
 
     def _apply_gradients(self, num_frames):
         norm = super()._apply_gradients(num_frames)
@@ -84,7 +90,7 @@ def train(exp_dir):
     return {
         "saved": saved,
         "gradients": trainer.gradients,
-        "nonfinite": trainer.progress.nonfinite,
+        "dropped": trainer.dropped,
         "audio_s": trainer.progress.audio_s,
         "sums": ddp.all_reduce_sum([1.0 + ddp.rank(), 10.0]),
     }

@@ -113,7 +113,8 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 
 def test_resume_point_has_the_most_updates_whatever_the_clock(tmp_path):
     for name, step in (("checkpoint-7", 7), ("epoch-1", 5), ("checkpoint-3", 3)):
-        ckpt.save_checkpoint(tmp_path / f"{name}.pt", {"model": {}, "progress": {"step": step}})
+        progress = {"step": step, "epoch": 1, "batch_in_epoch": step}
+        ckpt.save_checkpoint(tmp_path / f"{name}.pt", {"model": {}, "progress": progress})
     os.utime(tmp_path / "checkpoint-7.pt", (1, 1))
     assert ckpt.find_resume_point(tmp_path)[0].name == "checkpoint-7.pt"
 

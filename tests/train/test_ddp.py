@@ -55,7 +55,7 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
     assert len(alone["gradients"]) == 2
     for rank in ranks:
         assert len(rank["gradients"]) == 2
-        assert rank["nonfinite"] == alone["nonfinite"] == 1
+        assert rank["dropped"] == alone["dropped"] == 1
         assert rank["audio_s"] == pytest.approx(alone["audio_s"])
         assert rank["sums"] == [3.0, 20.0]
         for got, expected in zip(rank["gradients"], alone["gradients"]):

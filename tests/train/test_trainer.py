@@ -128,7 +128,7 @@ def test_non_finite_batch_is_named_saved_and_skipped(tmp_path, caplog):
 
 def test_too_many_non_finite_batches_end_the_run(tmp_path):
     poison = {(1, i) for i in range(5)}
-    with pytest.raises(UserError, match=r"number 3 in epoch 1, train\.max_nonfinite=2"):
+    with pytest.raises(UserError, match=r"number 3 in a row, train\.max_nonfinite=2"):
         toy_trainer(tmp_path, "train.max_nonfinite=2", poison=poison).run()
 
 
@@ -140,9 +140,27 @@ def test_out_of_memory_names_the_batch_and_what_to_lower(tmp_path, message):
         raise RuntimeError(message)
 
     trainer.objective.forward = hungry
-    expected = r"update 0 with 3 utterances of up to T=3 frames and U=3 tokens \(cut-1-0-0, .*lower data\.max"
+    expected = r"update 0, 3 utterances of up to T=3 frames and U=3 tokens \(cut-1-0-0, .*lower data\.max"
     with pytest.raises(UserError, match=expected):
         trainer.run()
+
+
+def test_run_that_can_only_drop_batches_gives_up_and_listens(tmp_path):
+    """Fewer batches an epoch than may be dropped: the count has to go on from epoch to epoch."""
+
+    def poisoned(epoch, start):
+        return toy_batches(epoch, start, num_batches=2, poison={(epoch, 0), (epoch, 1)})
+
+    with pytest.raises(UserError, match="number 6 in a row"):
+        toy_trainer(tmp_path / "a", batches=poisoned).run()
+    trainer = toy_trainer(tmp_path / "b", "train.max_nonfinite=10000", batches=poisoned)
+    trainer.stop_signal = signal.SIGTERM
+    assert trainer.run() is False
+
+
+def test_old_epochs_go_whenever_one_is_saved(tmp_path):
+    toy_trainer(tmp_path, "train.keep_epochs=2", "train.save_every=1000").run()
+    assert ckpt.epochs_in(tmp_path) == [3, 4]
 
 
 def test_finished_run_is_not_trained_again(tmp_path):
@@ -164,8 +182,9 @@ def test_other_number_of_processes_is_refused(tmp_path):
     toy_trainer(tmp_path).run()
     newest, content = ckpt.find_resume_point(tmp_path)
     ckpt.save_checkpoint(newest, {**content, "world_size": 2})
+    assert toy_trainer(tmp_path).run() is True  # nothing is left to do, so it does not matter
     with pytest.raises(UserError, match="saved by 2 processes and these are 1"):
-        toy_trainer(tmp_path).run()
+        toy_trainer(tmp_path, "train.max_steps=20").run()
 
 
 def test_full_disk_is_seen_before_training(tmp_path):

@@ -278,7 +278,13 @@ def _load(dataset: CutDataset, items: Iterable[Tuple[int, List[Cut]]], num_worke
         results = iter(loader)
     else:
         results = (dataset[item] for item in items)
-    for result in results:
-        if isinstance(result, UserError):
-            raise result
-        yield result
+    try:
+        for result in results:
+            if isinstance(result, UserError):
+                raise result
+            yield result
+    finally:
+        # Not left to the garbage collector: an exception's traceback keeps the loader alive until the process
+        # exits, which then waits for workers that do not listen to the signal it sends them.
+        if num_workers > 0:
+            results._shutdown_workers()

@@ -102,10 +102,15 @@ def find_resume_point(exp_dir: Path) -> Optional[Tuple[Path, Dict[str, Any]]]:
             except UserError as e:
                 logging.warning("%s", e)
                 continue
-            if best is None or content["progress"]["step"] > best[1]["progress"]["step"]:
+            if best is None or _position(content) > _position(best[1]):
                 best = path, content
             break
     return best
+
+
+def _position(content: Dict[str, Any]) -> Tuple[int, int, int]:
+    progress = content["progress"]
+    return progress["step"], progress["epoch"], progress["batch_in_epoch"]
 
 
 def remove_old_checkpoints(exp_dir: Path, keep_last: int, keep_epochs: int) -> None:

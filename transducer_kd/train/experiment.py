@@ -64,7 +64,9 @@ def prepare_exp_dir(exp_dir: Path, config: PhaseConfig, num_parameters: int) -> 
             )
     # Weights and Adam's two moments in float32, the running average in float64: 20 bytes a parameter.
     num_files = config.train.keep_last + config.train.keep_epochs + 2
-    check_disk_space(exp_dir, 20.0 * num_parameters * num_files, f"training with {num_files} checkpoints")
+    # Those that are there already need no more room, but a new one is written beside the old.
+    missing = max(1, num_files - len(list(exp_dir.glob("*.pt"))))
+    check_disk_space(exp_dir, 20.0 * num_parameters * missing, f"training with {num_files} checkpoints")
     exp_dir.mkdir(parents=True, exist_ok=True)
     write_json(path, new)
 

@@ -21,7 +21,7 @@ def nonfinite_cuts(batch: Any, output: LossOutput) -> str:
 
 
 @contextlib.contextmanager
-def naming_out_of_memory(batches: List[Any], step: int) -> Iterator[None]:
+def naming_out_of_memory(batches: List[Any], step: int, what: str = "") -> Iterator[None]:
     """Turn CUDA's out-of-memory errors, wherever they come up, into a UserError that names the batch."""
     try:
         yield
@@ -31,7 +31,7 @@ def naming_out_of_memory(batches: List[Any], step: int) -> Iterator[None]:
         worst = max(batches, key=lambda b: len(b.cut_ids) * int(b.feature_lens.max()))
         cuts = ", ".join(worst.cut_ids[:8]) + (" ..." if len(worst.cut_ids) > 8 else "")
         raise UserError(
-            f"the GPU ran out of memory at update {step} with {len(worst.cut_ids)} utterances of up to "
+            f"the GPU ran out of memory at update {step}, {what}{len(worst.cut_ids)} utterances of up to "
             f"T={int(worst.feature_lens.max())} frames and U={int(worst.y_lens.max())} tokens ({cuts}); "
             "lower data.max_duration_s or data.max_cut_s, and raise train.accumulate to keep the batch size"
         ) from e

@@ -42,7 +42,7 @@ class Progress:
     step: int = 0  # optimiser updates done
     epoch: int = 1  # 1-based, the one in progress
     batch_in_epoch: int = 0  # batches of this epoch already used, per rank
-    nonfinite: int = 0  # updates dropped in this epoch
+    nonfinite: int = 0  # batches dropped since the last update that was made
     best_valid_loss: float = float("inf")
     elapsed_s: float = 0.0  # training time over all runs, without validation
     audio_s: float = 0.0  # audio seconds trained on
@@ -145,7 +145,7 @@ class Trainer:
                     "manifest is empty (see the counts above)"
                 )
             finished = state.epoch
-            state.epoch, state.batch_in_epoch, state.nonfinite = finished + 1, 0, 0
+            state.epoch, state.batch_in_epoch = finished + 1, 0
             self._save(f"epoch-{finished}.pt")
             return
         if state.step >= self.options.max_steps:  # ends inside an epoch: its last weights still are epoch N's
@@ -157,6 +157,11 @@ class Trainer:
     # ---------------------------------------------------------------- one update
 
     def _update(self, batches: List[Any], data_seconds: float) -> None:
+        """One optimiser update, or none where a loss was not finite; then the ranks agree whether to stop."""
+        self._try_update(batches, data_seconds)
+        self.stopping = ddp.all_reduce_sum([float(self.stop_signal is not None)])[0] > 0
+
+    def _try_update(self, batches: List[Any], data_seconds: float) -> None:
         """One optimiser update from `batches` of this rank (and those of the other ranks)."""
         start, state = time.perf_counter(), self.progress
         step = state.step
@@ -179,6 +184,7 @@ class Trainer:
             self._drop_update(batches)
             return
         state.step += 1
+        state.nonfinite = 0
         self.objective.after_step(state.step)
         ckpt.update_running_average(
             self.average, self.objective.model, state.step, self.options.average_period
@@ -219,10 +225,13 @@ class Trainer:
         torch._foreach_mul_(gradients, _PROVISIONAL_FRAMES * ddp.world_size() / num_frames)
         norm = float(nn.utils.clip_grad_norm_(self.trained, self.config.optim.clip_norm))
         finite = norm == norm and norm != float("inf")
-        if finite or self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
+        if not finite:
+            # The norm of finite gradients can overflow as well: the scaler would not see that by itself.
+            self.scaler.update(self.scaler.get_scale() / 2 if self.scaler.is_enabled() else None)
+            return None
+        self.scaler.step(self.optimizer)
         self.scaler.update()
-        return norm if finite else None
+        return norm
 
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=bool(self.autocast_dtype))
@@ -240,10 +249,11 @@ class Trainer:
         if self.scaler.is_enabled() and self.scaler.get_scale() >= _SMALLEST_FP16_SCALE:
             return
         cuts = ", ".join(cut for batch in batches for cut in batch.cut_ids)
-        self._count_nonfinite(f"the gradient of {cuts}, batch saved as {self._save_batch(batches[0])},")
+        saved = ", ".join(str(self._save_batch(batch, f"-{i}")) for i, batch in enumerate(batches))
+        self._count_nonfinite(f"the gradient of {cuts}, saved as {saved},")
 
-    def _save_batch(self, batch: Any) -> Path:
-        path = self.exp_dir / f"nonfinite-{self.progress.step}-rank{ddp.rank()}.pt"
+    def _save_batch(self, batch: Any, number: str = "") -> Path:
+        path = self.exp_dir / f"nonfinite-{self.progress.step}-rank{ddp.rank()}{number}.pt"
         ckpt.save_checkpoint(path, dict(vars(batch)))
         return path
 
@@ -253,11 +263,11 @@ class Trainer:
         message = f"{what} is not finite at update {state.step}"
         if state.nonfinite > limit:
             raise UserError(
-                f"{message}. That is number {state.nonfinite} in epoch {state.epoch}, "
+                f"{message}. That is number {state.nonfinite} in a row, "
                 f"train.max_nonfinite={limit}: look at these cuts, lower optim.lr, or use "
                 "train.precision=fp32"
             )
-        logging.warning("%s; no update from it (%d in this epoch)", message, state.nonfinite)
+        logging.warning("%s; no update from it (%d in a row)", message, state.nonfinite)
 
     # ---------------------------------------------------------------- log, validate, save, resume
 
@@ -267,14 +277,11 @@ class Trainer:
         if state.step % options.log_every == 0 or last:
             self._log_window(batch, rate)
         if state.step % options.valid_every == 0 or last:
-            self._validate(batch)
+            self._validate()
         if state.step % options.save_every == 0 and not last:
             self._save(f"checkpoint-{state.step}.pt")
-            if ddp.is_main():
-                ckpt.remove_old_checkpoints(self.exp_dir, options.keep_last, options.keep_epochs)
         if self.bar is not None:
             self.bar.update(1)
-        self.stopping = ddp.all_reduce_sum([float(self.stop_signal is not None)])[0] > 0
 
     def _log_window(self, batch: Any, rate: float) -> None:
         state, means = self.progress, self.window.means()
@@ -297,12 +304,12 @@ class Trainer:
         for name, value in {**means, "lr": rate, "audio_s_per_s": throughput}.items():
             self.writer.add_scalar(f"train/{name}", value, state.step)
 
-    def _validate(self, batch: Any) -> None:
+    def _validate(self) -> None:
         if not ddp.is_main():
             return
         start, state = time.perf_counter(), self.progress
         self.objective.eval()
-        with torch.no_grad(), self._autocast(), faults.naming_out_of_memory([batch], state.step):
+        with torch.no_grad(), self._autocast():
             result = self.validate(self.objective, state.step)
         self.objective.train()
         shown = ", ".join(f"{k}={v:.4f}" for k, v in result.metrics.items())
@@ -350,6 +357,7 @@ class Trainer:
             "world_size": ddp.world_size(),
         }
         ckpt.save_checkpoint(self.exp_dir / name, content)
+        ckpt.remove_old_checkpoints(self.exp_dir, self.options.keep_last, self.options.keep_epochs)
         logging.info("saved %s", self.exp_dir / name)
 
     def _resume(self) -> None:
@@ -368,7 +376,8 @@ class Trainer:
                 f"{path} was trained with another BPE model (sha256 {content['bpe_sha256'][:12]}, now "
                 f"{self.bpe_sha256[:12]}); use its lang_dir, or another --exp-dir for the new one"
             )
-        if content["world_size"] != ddp.world_size():
+        is_finished = content["progress"]["step"] >= self.options.max_steps
+        if content["world_size"] != ddp.world_size() and not is_finished:
             raise UserError(
                 f"{path} was saved by {content['world_size']} processes and these are {ddp.world_size()}: "
                 "which batches are left would differ. Resume with as many, or start again with --restart"
