@@ -146,9 +146,8 @@ def main() -> int:
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     device = ddp.setup(args.device).device
-    moved = {"lang_dir": args.lang_dir} if args.lang_dir else {}
     loaded = build.load_model(
-        args.exp_dir, args.epoch, args.avg, args.use_averaged_model, str(device), **moved
+        args.exp_dir, args.epoch, args.avg, args.use_averaged_model, str(device), args.lang_dir
     )
     loaded.config.data.fbank_dir = args.fbank_dir or loaded.config.data.fbank_dir
     options = evaluate.SearchOptions(

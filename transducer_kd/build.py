@@ -116,7 +116,7 @@ def load_model(
         raise UserError(f"there is no experiment folder {exp_dir}; train the phase first (run.sh --stage 2)")
     state, content, name = ckpt.select_weights(exp_dir, epoch, avg, use_averaged_model)
     config = cfg.from_dict(content["config"], str(exp_dir))
-    config.data.lang_dir = str(lang_dir) or config.data.lang_dir
+    config.data.lang_dir = lang_dir or config.data.lang_dir
     tokenizer = build_tokenizer(config.data)
     if tokenizer.sha256 != content["bpe_sha256"]:
         raise UserError(

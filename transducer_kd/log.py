@@ -82,10 +82,7 @@ def run_main(main: Callable[[], Optional[int]]) -> None:
 
 def disk_full(path: Any) -> UserError:
     """The error for a write that ran out of space; names the path and what is free there."""
-    folder = Path(path).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free_mb = shutil.disk_usage(folder).free / 1e6
+    free_mb = _free_bytes(path) / 1e6
     return UserError(
         f"no space left on the disk while writing {path} ({free_mb:.0f} MB free, or what a quota leaves); "
         "free some and run again"
@@ -94,15 +91,20 @@ def disk_full(path: Any) -> UserError:
 
 def check_disk_space(folder: Path, needed_bytes: float, what: str) -> None:
     """Raise UserError unless `folder`'s disk has `needed_bytes` free for `what`."""
-    probe = Path(folder).absolute()
-    while not probe.exists():
-        probe = probe.parent
-    free = shutil.disk_usage(probe).free
+    free = _free_bytes(folder)
     if free < needed_bytes:
         raise UserError(
             f"{what} needs about {needed_bytes / 1e9:.2f} GB in {folder}, but only {free / 1e9:.2f} GB are "
             "free; free some or choose another folder"
         )
+
+
+def _free_bytes(path: Path) -> int:
+    """Free space where `path` is or will be."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 @contextlib.contextmanager

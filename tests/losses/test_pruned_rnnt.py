@@ -75,7 +75,7 @@ def test_smoothed_loss_by_its_definition(backend):
 def test_pruned_loss_equals_the_reference_on_the_kept_nodes(backend, frames, tokens):
     p = make_problem(frames, tokens, seed=1)
     _, px_grad, py_grad, _, _ = simple(p, backend)
-    ranges = prune_ranges(px_grad, py_grad, p.boundary, 3, backend)
+    ranges = prune_ranges(px_grad, py_grad, p.boundary, 3)
     loss, lm_grad, am_grad = pruned(p, ranges, backend)
 
     lm, am = leaf(p.lm.double()), leaf(p.am.double())
@@ -94,7 +94,7 @@ def test_pruned_loss_equals_the_reference_on_the_kept_nodes(backend, frames, tok
 def test_a_window_over_all_tokens_gives_the_full_loss(backend):
     p = make_problem([8, 6], [4, 3])
     _, px_grad, py_grad, _, _ = simple(p, backend)
-    ranges = prune_ranges(px_grad, py_grad, p.boundary, 50, backend)
+    ranges = prune_ranges(px_grad, py_grad, p.boundary, 50)
     assert ranges.shape == (2, 8, 5) and torch.equal(ranges[1, 7], torch.arange(5))
     expected = rnnt_loss_reference(2 * torch.tanh(p.logits().double()), p.symbols, p.boundary)
     assert_close(pruned(p, ranges, backend)[0], expected)
@@ -104,7 +104,7 @@ def test_a_window_over_all_tokens_gives_the_full_loss(backend):
 def test_windows_leave_no_token_out(backend, s_range):
     p = make_problem([20, 13, 9, 6], [13, 13, 2, 0], seed=s_range)
     _, px_grad, py_grad, _, _ = simple(p, backend)
-    ranges = prune_ranges(px_grad, py_grad, p.boundary, s_range, backend)
+    ranges = prune_ranges(px_grad, py_grad, p.boundary, s_range)
     assert ranges.shape == (4, 20, s_range) and ranges.dtype == torch.int64
     assert torch.equal(ranges - ranges[:, :, :1], torch.arange(s_range).expand(4, 20, -1))
     steps = ranges[:, 1:, 0] - ranges[:, :-1, 0]
@@ -125,7 +125,7 @@ def test_windows_follow_the_alignment(backend):
     symbols = torch.arange(1, tokens + 1)[None]
     boundary = torch.tensor([[0, 0, tokens, frames]])
     _, gradients = simple_loss(lm, am, symbols, boundary, 0.0, 0.0, backend)
-    ranges = prune_ranges(*gradients, boundary, 2, backend)
+    ranges = prune_ranges(*gradients, boundary, 2)
     for t in range(frames):
         emitted = min((t + 1) // 3 + ((t + 1) % 3 == 2), tokens)
         assert emitted in ranges[0, t].tolist(), (t, ranges[0, t])
@@ -153,7 +153,7 @@ def test_equals_the_losses_of_the_library(library, backend, am_scale):
     assert_close(py_grad, py_expected)
     assert_close(lm_grad, lm.grad)
     assert_close(am_grad, am.grad)
-    ranges = prune_ranges(px_grad, py_grad, p.boundary, 4, backend)
+    ranges = prune_ranges(px_grad, py_grad, p.boundary, 4)
     assert torch.equal(ranges, expected_ranges)
 
     lm, am = leaf(p.lm), leaf(p.am)
@@ -185,8 +185,8 @@ def test_padding_changes_nothing(backend, am_scale):
     assert padded[3][:, 5:].abs().max() == 0 and padded[4][:, 9:].abs().max() == 0
     assert padded[3][1, 3:].abs().max() == 0 and padded[4][1, 6:].abs().max() == 0
 
-    ranges = prune_ranges(plain[1], plain[2], p.boundary, 3, backend)
-    padded_ranges = prune_ranges(padded[1], padded[2], p.boundary, 3, backend)
+    ranges = prune_ranges(plain[1], plain[2], p.boundary, 3)
+    padded_ranges = prune_ranges(padded[1], padded[2], p.boundary, 3)
     assert torch.equal(padded_ranges[:, :9], ranges)
     plain, padded = pruned(p, ranges, backend), pruned(p, padded_ranges, backend, **longer)
     assert_close(padded[0], plain[0])
@@ -198,7 +198,7 @@ def test_padding_changes_nothing(backend, am_scale):
 def test_an_utterance_alone_has_the_loss_it_has_in_a_batch(backend):
     p = make_problem([9, 6, 7], [4, 2, 0])
     loss, px_grad, py_grad, _, _ = simple(p, backend)
-    in_batch = pruned(p, prune_ranges(px_grad, py_grad, p.boundary, 3, backend), backend)[0]
+    in_batch = pruned(p, prune_ranges(px_grad, py_grad, p.boundary, 3), backend)[0]
     for n, (_, _, u, t) in enumerate(p.boundary.tolist()):
         lm, am, symbols, boundary = (
             p.lm[n : n + 1, : u + 1],
@@ -208,7 +208,7 @@ def test_an_utterance_alone_has_the_loss_it_has_in_a_batch(backend):
         )
         alone, gradients = simple_loss(lm, am, symbols, boundary, 0.25, 0.0, backend)
         assert_close(alone[0], loss[n])
-        ranges = prune_ranges(*gradients, boundary, 3, backend)
+        ranges = prune_ranges(*gradients, boundary, 3)
         am_kept, lm_kept = gather_pruned(am, lm, ranges)
         alone = pruned_loss(2 * torch.tanh(am_kept + lm_kept), symbols, ranges, boundary, backend)
         assert_close(alone[0], in_batch[n])
@@ -217,7 +217,7 @@ def test_an_utterance_alone_has_the_loss_it_has_in_a_batch(backend):
 def test_gradients_in_float64(backend):
     p = make_problem([4, 3], [2, 1], vocab=4, dtype=torch.float64)
     _, px_grad, py_grad, _, _ = simple(p, backend)
-    ranges = prune_ranges(px_grad, py_grad, p.boundary, 2, backend)
+    ranges = prune_ranges(px_grad, py_grad, p.boundary, 2)
 
     def both(lm, am):
         am_kept, lm_kept = gather_pruned(am, lm, ranges)
@@ -258,7 +258,7 @@ def test_no_gradient_wanted(backend):
     p = make_problem([9, 6], [4, 2])
     with torch.no_grad():
         loss, (px_grad, py_grad) = simple_loss(p.lm, p.am, p.symbols, p.boundary, 0.25, 0.0, backend)
-        ranges = prune_ranges(px_grad, py_grad, p.boundary, 3, backend)
+        ranges = prune_ranges(px_grad, py_grad, p.boundary, 3)
         am_kept, lm_kept = gather_pruned(p.am, p.lm, ranges)
         kept = pruned_loss(2 * torch.tanh(am_kept + lm_kept), p.symbols, ranges, p.boundary, backend)
     assert_close(loss, simple(p, backend)[0])

@@ -13,6 +13,8 @@ from typing import Tuple
 import torch
 from torch import Tensor
 
+from transducer_kd.losses.precision import full_precision
+
 BLANK_ID, SOS_EOS_ID = 0, 1
 
 
@@ -75,5 +77,4 @@ def las_kd_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, te
 
 def _valid(logits: Tensor, mask: Tensor) -> Tensor:
     """At least float32, padded positions set to 0: a NaN there would come back through the gradient."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.masked_fill(~mask.unsqueeze(-1), 0.0)
+    return full_precision(logits).masked_fill(~mask.unsqueeze(-1), 0.0)

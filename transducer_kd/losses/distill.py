@@ -24,7 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from transducer_kd.log import UserError
 from transducer_kd.losses.lattice_recursion import NEG_INF, lattice_scores
-from transducer_kd.losses.pruned_rnnt import BLANK_ID
+from transducer_kd.losses.precision import full_precision
+from transducer_kd.losses.pruned_rnnt import BLANK_ID, next_token, pruned_arcs
 
 CHOICES = {
     "form": ("full", "collapsed"),
@@ -108,14 +109,7 @@ def node_occupancy(
     `ranges` leave no path.
     """
     with torch.autocast(teacher_logits.device.type, enabled=False):
-        logits = _full_precision(teacher_logits)
-        normalizer = logits.logsumexp(-1)
-        token_id, _ = _next_token(symbols, ranges, boundary)
-        token = logits.gather(-1, token_id[..., None])[..., 0] - normalizer
-        blank = logits[..., BLANK_ID] - normalizer
-        closed = token.new_full((*ranges.shape[:2], symbols.shape[1] + 1), NEG_INF)
-        px = closed.scatter(2, ranges, token)[:, :, :-1].transpose(1, 2)
-        py = closed.scatter(2, ranges, blank).transpose(1, 2)
+        px, py = pruned_arcs(teacher_logits, symbols, ranges)
         _, arcs = lattice_scores(px, py, boundary)
     return occupancy_of_arcs(*arcs)
 
@@ -261,7 +255,7 @@ def _collapse(
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probabilities (N,T',S,3) of {token, blank, rest}, the scaled logits of the rest (N,T',S,V; -inf at
     the two others), and their logsumexp (N,T',S). 1 - p_token - p_blank would cancel where rest is small."""
-    rest = _full_precision(logits) / temperature  # a copy, overwritten below
+    rest = full_precision(logits) / temperature  # a copy, overwritten below
     token = token[..., None]
     token_logit = rest.gather(-1, token)[..., 0].masked_fill_(~has_token, NEG_INF)
     blank_logit = rest[..., BLANK_ID].clone()
@@ -276,19 +270,13 @@ def _next_token(
     symbols: torch.Tensor, ranges: torch.Tensor, boundary: torch.Tensor
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Token after each node (N,T',S) and whether there is one; from u = U_n on none is: blank's id."""
-    padded = F.pad(symbols, (0, 1), value=BLANK_ID)
-    token = padded[:, None, :].expand(-1, ranges.shape[1], -1).gather(2, ranges)
     has_token = ranges < boundary[:, 2, None, None]
-    return token.masked_fill(~has_token, BLANK_ID), has_token
+    return next_token(symbols, ranges).masked_fill(~has_token, BLANK_ID), has_token
 
 
 def _scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    logits = _full_precision(logits)
+    logits = full_precision(logits)
     return logits if temperature == 1 else logits / temperature  # 1 is the common case and needs no copy
-
-
-def _full_precision(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _check(

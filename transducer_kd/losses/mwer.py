@@ -6,6 +6,8 @@ Shapes: N utterances, B hypotheses of an utterance.
 import torch
 from torch import Tensor
 
+from transducer_kd.losses.precision import full_precision
+
 
 def mwer_loss(nbest_scores: Tensor, errors: Tensor, mask: Tensor) -> Tensor:
     """Expected word errors of an n-best list, less their mean: (N,), in words.
@@ -24,7 +26,7 @@ def mwer_loss(nbest_scores: Tensor, errors: Tensor, mask: Tensor) -> Tensor:
             f"scores {tuple(nbest_scores.shape)}, errors {tuple(errors.shape)} and mask {tuple(mask.shape)} "
             "must all be (N, B)"
         )
-    scores = nbest_scores.to(torch.promote_types(nbest_scores.dtype, torch.float32))
+    scores = full_precision(nbest_scores)
     errors = errors.to(scores.dtype).masked_fill(~mask, 0.0)
     mean = errors.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
     relative = (errors - mean).masked_fill(~mask, 0.0)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from transducer_kd.log import UserError
 from transducer_kd.losses.lattice_recursion import NEG_INF, Grads, lattice_scores
+from transducer_kd.losses.precision import full_precision
 
 BLANK_ID = 0
 MENDS = {
@@ -80,14 +81,14 @@ def simple_loss(
     """
     _check_shapes(am.shape[1], symbols, boundary, "am", lm.shape[1] == symbols.shape[1] + 1)
     with torch.autocast(am.device.type, enabled=False):
-        px, py = _simple_arcs(_full_precision(lm), _full_precision(am), symbols, boundary, lm_scale, am_scale)
+        px, py = _simple_arcs(full_precision(lm), full_precision(am), symbols, boundary, lm_scale, am_scale)
         scores, px_grad, py_grad = _LatticeScore.apply(px, py, boundary, backend, True)
     return -scores, (px_grad, py_grad)
 
 
 @torch.no_grad()
 def prune_ranges(
-    px_grad: torch.Tensor, py_grad: torch.Tensor, boundary: torch.Tensor, s_range: int, backend: str = "torch"
+    px_grad: torch.Tensor, py_grad: torch.Tensor, boundary: torch.Tensor, s_range: int
 ) -> torch.Tensor:
     """Which `s_range` consecutive token positions each frame keeps: (N, T', s_range) int64.
 
@@ -137,27 +138,29 @@ def pruned_loss(
     """
     _check_shapes(logits.shape[1], symbols, boundary, "logits", logits.shape[:3] == ranges.shape)
     with torch.autocast(logits.device.type, enabled=False):
-        logits = _full_precision(logits)
-        normalizer = logits.logsumexp(-1)
-        next_token = _next_token(symbols, ranges)
-        token = logits.gather(-1, next_token[..., None])[..., 0] - normalizer
-        blank = logits[..., BLANK_ID] - normalizer
-        px, py = _spread(token, blank, ranges, symbols.shape[1] + 1)
+        px, py = pruned_arcs(logits, symbols, ranges)
         return -_LatticeScore.apply(px, py, boundary, backend, False)[0]
 
 
-def _next_token(symbols: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:
-    """(N,T',s_range) id of the token after each kept node; at u = U, where none is, an unused blank."""
-    padded = F.pad(symbols, (0, 1), value=BLANK_ID)
-    return padded[:, None, :].expand(-1, ranges.shape[1], -1).gather(2, ranges)
+def pruned_arcs(logits: torch.Tensor, symbols: torch.Tensor, ranges: torch.Tensor) -> Grads:
+    """Log-probabilities of the arcs of the nodes of `ranges`, in the full lattice: (N,U,T') and (N,U+1,T').
 
-
-def _spread(token: torch.Tensor, blank: torch.Tensor, ranges: torch.Tensor, rows: int) -> Grads:
-    """Arcs of the kept nodes, (N,T',s_range) each, placed in the full lattice: px (N,U,T'), py (N,U+1,T')."""
-    closed = token.new_full((*ranges.shape[:2], rows), NEG_INF)
+    logits (N,T',s_range,V), symbols (N,U), ranges (N,T',s_range). Arcs of nodes not kept are closed.
+    """
+    logits = full_precision(logits)
+    normalizer = logits.logsumexp(-1)
+    token = logits.gather(-1, next_token(symbols, ranges)[..., None])[..., 0] - normalizer
+    blank = logits[..., BLANK_ID] - normalizer
+    closed = token.new_full((*ranges.shape[:2], symbols.shape[1] + 1), NEG_INF)
     px = closed.scatter(2, ranges, token)[:, :, :-1]
     py = closed.scatter(2, ranges, blank)
     return px.transpose(1, 2), py.transpose(1, 2)
+
+
+def next_token(symbols: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:
+    """(N,T',s_range) id of the token after each kept node; at u = U, where none is, an unused blank."""
+    padded = F.pad(symbols, (0, 1), value=BLANK_ID)
+    return padded[:, None, :].expand(-1, ranges.shape[1], -1).gather(2, ranges)
 
 
 def _simple_arcs(
@@ -272,10 +275,6 @@ def _kernel(backend: str) -> Any:
 def _has_cuda(module: Any) -> bool:
     flag = module.with_cuda  # a bool in k2, a function in fast_rnnt
     return bool(flag() if callable(flag) else flag)
-
-
-def _full_precision(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _backward_min(x: torch.Tensor) -> torch.Tensor:

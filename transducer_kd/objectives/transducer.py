@@ -93,7 +93,7 @@ class TransducerObjective(Objective):
             backend=self.backend,
         )
         # Before any backward: fast_rnnt's backward overwrites the occupation gradients.
-        ranges = pruned_rnnt.prune_ranges(*gradients, boundary, self.loss.s_range, self.backend)
+        ranges = pruned_rnnt.prune_ranges(*gradients, boundary, self.loss.s_range)
         # Projected before pruning: T' + U + 1 rows instead of T' times s_range.
         am, lm = pruned_rnnt.gather_pruned(
             model.joiner.encoder_proj(encoder_out), model.joiner.decoder_proj(decoder_out), ranges

@@ -19,7 +19,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
-from transducer_kd.log import UserError, atomic_write
+from transducer_kd.log import UserError, atomic_write, one_line
 
 State = Dict[str, torch.Tensor]
 
@@ -49,9 +49,8 @@ def load_checkpoint(path: Path, device: Any = "cpu") -> Dict[str, Any]:
         pickle.UnpicklingError,
         zipfile.BadZipFile,
     ) as e:
-        reason = " ".join(str(e).split())[:200]
         raise UserError(
-            f"checkpoint {path} cannot be read ({reason}); delete it and resume from an older one"
+            f"checkpoint {path} cannot be read ({one_line(e)}); delete it and resume from an older one"
         ) from None
     if not isinstance(content, dict) or "model" not in content:
         raise UserError(f"{path} is not a checkpoint of this project: it has no 'model' entry")

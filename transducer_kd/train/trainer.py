@@ -91,6 +91,7 @@ class Trainer:
             )
         self.scaler = build_grad_scaler(self.options.precision == "fp16")
         self.progress, self.window = Progress(), MetricsWindow()
+        self._last_logged = (0.0, 0.0)  # audio and training seconds at the last log line
         self.average = ckpt.start_running_average(self.objective.model)
         self.wrapped: nn.Module = self.objective
         self.stop_signal: Optional[int] = None  # heard by this rank
@@ -286,7 +287,7 @@ class Trainer:
     def _log_window(self, batch: Any, rate: float) -> None:
         state, means = self.progress, self.window.means()
         audio_s, elapsed_s = state.audio_s, state.elapsed_s
-        since_audio, since_elapsed = getattr(self, "_last_logged", (0.0, 0.0))
+        since_audio, since_elapsed = self._last_logged
         throughput = (audio_s - since_audio) / max(elapsed_s - since_elapsed, 1e-9)
         self._last_logged = (audio_s, elapsed_s)
         self.window = MetricsWindow()
@@ -362,8 +363,8 @@ class Trainer:
 
     def _resume(self) -> None:
         found = ckpt.find_resume_point(self.exp_dir)
-        steps = ddp.all_reduce_sum([float(found[1]["progress"]["step"] if found else 0)])[0]
-        if steps != ddp.world_size() * (found[1]["progress"]["step"] if found else 0):
+        step = found[1]["progress"]["step"] if found else 0
+        if ddp.all_reduce_sum([float(step)])[0] != ddp.world_size() * step:
             raise UserError(
                 f"the processes see different checkpoints in {self.exp_dir}: all machines "
                 "need the same folder"
@@ -376,8 +377,7 @@ class Trainer:
                 f"{path} was trained with another BPE model (sha256 {content['bpe_sha256'][:12]}, now "
                 f"{self.bpe_sha256[:12]}); use its lang_dir, or another --exp-dir for the new one"
             )
-        is_finished = content["progress"]["step"] >= self.options.max_steps
-        if content["world_size"] != ddp.world_size() and not is_finished:
+        if content["world_size"] != ddp.world_size() and step < self.options.max_steps:
             raise UserError(
                 f"{path} was saved by {content['world_size']} processes and these are {ddp.world_size()}: "
                 "which batches are left would differ. Resume with as many, or start again with --restart"
