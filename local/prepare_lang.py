@@ -49,17 +49,13 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def read_texts(args: argparse.Namespace) -> Iterator[str]:
     """Transcripts of all sources, normalised as the manifests are."""
     # Late: --help and a mistyped option should answer at once.
-    from transducer_kd.data.manifests import read_manifest
+    from transducer_kd.data.manifests import read_prepared
     from transducer_kd.data.validate import normalize_text
 
     for part in args.parts:
         if args.manifests_dir is None:
             raise UserError("--parts needs --manifests-dir")
-        path = args.manifests_dir / f"supervisions_{part}.jsonl.gz"
-        if not path.is_file():
-            raise UserError(f"{path} does not exist; make it with local/prepare_manifests.py")
-        mend = "make it again with local/prepare_manifests.py"
-        yield from (s.text or "" for s in read_manifest("supervisions", path, mend))
+        yield from (s.text or "" for s in read_prepared("supervisions", args.manifests_dir, part))
     for path in args.text + args.kaldi_text:
         try:
             with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as f:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Optional, TypeVar
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, TypeVar
 
 Item = TypeVar("Item")
 
@@ -139,6 +139,28 @@ def write_json(path: Path, value: Any) -> None:
     with atomic_write(path) as f:
         json.dump(value, f, indent=2, ensure_ascii=False)
         f.write("\n")
+
+
+def read_jsonl(path: Path, needed: Tuple[str, ...]) -> List[Dict[str, Any]]:
+    """Objects of a JSON-lines file, [] where there is none; a last line cut short by a kill is left out.
+
+    Raises UserError naming file and line for anything else that is no object with the `needed` keys.
+    """
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    lines, objects = text.splitlines(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            if number == len(lines) and not text.endswith("\n"):
+                continue
+            raise UserError(f"{path}:{number} is not valid JSON; move the file away") from None
+        if not isinstance(value, dict) or any(key not in value for key in needed):
+            raise UserError(f"{path}:{number}: expected an object with {', '.join(needed)}")
+        objects.append(value)
+    return objects
 
 
 def progress(items: Iterable[Item], total: Optional[int] = None, desc: str = "") -> Iterator[Item]:

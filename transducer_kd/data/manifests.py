@@ -6,6 +6,14 @@ from typing import Any, List
 from transducer_kd.log import UserError, one_line
 
 
+def read_prepared(kind: str, manifests_dir: Path, part: str) -> List[Any]:
+    """recordings or supervisions (`kind`) of a part, as local/prepare_manifests.py wrote them."""
+    path = Path(manifests_dir) / f"{kind}_{part}.jsonl.gz"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; make it with local/prepare_manifests.py")
+    return read_manifest(kind, path, "make it again with local/prepare_manifests.py")
+
+
 def read_manifest(kind: str, path: Path, mend: str = "delete it and make it again") -> List[Any]:
     """All items of a lhotse file. kind: "recordings", "supervisions" or "cuts"; mend: what the error advises.
 

@@ -22,7 +22,7 @@ from lhotse.cut import Cut, MonoCut
 
 from transducer_kd.data.dataset import load_audio
 from transducer_kd.data.features import BYTES_PER_AUDIO_S, FeatureExtractor, FeatureFileWriter
-from transducer_kd.data.manifests import read_manifest
+from transducer_kd.data.manifests import read_manifest, read_prepared
 from transducer_kd.data.validate import save_manifest
 from transducer_kd.log import UserError, atomic_write, check_disk_space, progress
 
@@ -43,19 +43,14 @@ class StoreOptions:
 
 def read_part(manifests_dir: Path, part: str) -> List[MonoCut]:
     """One cut for each supervision of `<manifests_dir>/{recordings,supervisions}_<part>.jsonl.gz`."""
-    paths = [Path(manifests_dir) / f"{kind}_{part}.jsonl.gz" for kind in ("recordings", "supervisions")]
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path} does not exist; make it with local/prepare_manifests.py")
-    mend = "make it again with local/prepare_manifests.py"
-    recordings = {r.id: r for r in read_manifest("recordings", paths[0], mend)}
-    supervisions = read_manifest("supervisions", paths[1], mend)
+    recordings = {r.id: r for r in read_prepared("recordings", manifests_dir, part)}
     cuts = []
-    for s in supervisions:
+    for s in read_prepared("supervisions", manifests_dir, part):
         recording = recordings.get(s.recording_id)
         if recording is None:
             raise UserError(
-                f"{paths[1]}: supervision {s.id} names recording {s.recording_id}, which {paths[0]} lacks"
+                f"{manifests_dir}/supervisions_{part}.jsonl.gz: supervision {s.id} names recording "
+                f"{s.recording_id}, which {manifests_dir}/recordings_{part}.jsonl.gz lacks"
             )
         channel = s.channel if isinstance(s.channel, int) else s.channel[0]
         cuts.append(MonoCut(s.id, s.start, s.duration, channel, [s.with_offset(-s.start)], None, recording))

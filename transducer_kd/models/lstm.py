@@ -1,4 +1,4 @@
-"""LSTM over emitted tokens: the core that the transducer's LSTM prediction network uses.
+"""LSTM over tokens: what the LSTM prediction network and the second pass (LAS) are built on.
 
 Shapes: N batch, U tokens, D dimension, L layers.
 """

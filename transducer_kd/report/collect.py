@@ -26,7 +26,7 @@ import platform
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-from transducer_kd.log import UserError
+from transducer_kd.log import UserError, read_jsonl
 
 # Field -> type of a record; `float` also takes ints. Anything else a record holds is kept as it is.
 RECORD_FIELDS: Dict[str, type] = {
@@ -238,25 +238,3 @@ def _read_json(path: Path) -> Any:
         raise UserError(f"{path} does not exist") from None
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON ({e}); move it away and make it again") from None
-
-
-def read_jsonl(path: Path, needed: Tuple[str, ...]) -> List[Dict[str, Any]]:
-    """Objects of a JSON-lines file, [] where there is none; a last line cut short by a kill is left out.
-
-    Raises UserError naming file and line for anything else that is no object with the `needed` keys.
-    """
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    lines, objects = text.splitlines(), []
-    for number, line in enumerate(lines, 1):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            if number == len(lines) and not text.endswith("\n"):
-                continue
-            raise UserError(f"{path}:{number} is not valid JSON; move the file away") from None
-        if not isinstance(value, dict) or any(key not in value for key in needed):
-            raise UserError(f"{path}:{number}: expected an object with {', '.join(needed)}")
-        objects.append(value)
-    return objects

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List
 
-from transducer_kd.log import UserError, atomic_write
+from transducer_kd.log import atomic_write, read_jsonl
 
 
 @dataclass
@@ -56,16 +56,4 @@ class TrainLog:
 
 def read_train_log(path: Path) -> List[Dict[str, Any]]:
     """Lines of a training log; a last line cut short by a killed process is left out."""
-    if not Path(path).exists():
-        return []
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    out = []
-    for number, text in enumerate(lines, 1):
-        try:
-            out.append(json.loads(text))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise UserError(
-                    f"{path}:{number} is not JSON; move the file away to start a new log"
-                ) from None
-    return out
+    return read_jsonl(Path(path), ("kind", "step"))
