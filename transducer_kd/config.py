@@ -85,6 +85,60 @@ class LossConfig:
 
 
 @dataclass
+class InitConfig:
+    """Weights that a phase begins with: those of an earlier phase, chosen as decoding chooses them.
+
+    What the earlier phase did not have (a LAS, a CTC head) begins fresh.
+    """
+
+    exp_dir: str = ""  # empty: fresh weights
+    epoch: int = 0  # 0: the last
+    avg: int = 1
+    use_averaged_model: bool = True
+
+
+@dataclass
+class TeacherConfig:
+    """Whose outputs a phase learns from. It is never trained, and gets the features without augmentation."""
+
+    kind: str = "none"  # none | exp_dir | torchscript
+    exp_dir: str = (
+        ""  # a trained phase of ours, of which epoch, avg and use_averaged_model choose the weights
+    )
+    epoch: int = 0
+    avg: int = 1
+    use_averaged_model: bool = True
+    torchscript: str = ""  # somebody else's model: icefall's jit_script.pt or cpu_jit.pt
+    tokens: str = ""  # its tokens.txt, which has to be ours
+
+
+@dataclass
+class DistillConfig:
+    """Soft-target distillation on the nodes of the transducer's lattice (losses/distill.py)."""
+
+    weight: float = 0.0  # beta of L = L_rnnt + beta L_kd, both a mean per encoder frame
+    lattice: str = "pruned"  # pruned | full
+    ranges_from: str = "student"  # student | teacher: whose simple loss prunes; the other one's is not used
+    form: str = "full"  # full | collapsed
+    temperature: float = 1.0
+    frame_shift: int = 0  # encoder frames by which the student may be later than the teacher
+    weighting: str = "uniform"  # uniform | occupancy
+    normalise_by: str = "nodes"  # nodes | frames
+    utterances_at_once: int = 4  # lattice=full: a few, because its logits are U+1 wide
+
+
+@dataclass
+class TwoPassConfig:
+    """Training of the LAS (objective las), and of transducer and LAS together (objective two_pass)."""
+
+    rnnt_weight: float = 0.5  # lambda of lambda L_transducer + (1 - lambda) L_las; objective two_pass only
+    las_kd_weight: float = 0.0  # alpha of L_las = (1 - alpha) CE + alpha tau^2 KL(teacher's LAS || LAS)
+    las_kd_temperature: float = 1.0
+    mwer_weight: float = 0.0  # objective two_pass only: expected word errors of the first pass's n-best
+    mwer_nbest: int = 4  # hypotheses of an utterance, by modified beam search
+
+
+@dataclass
 class SpecAugmentConfig:
     enabled: bool = True
     num_time_masks: int = 10
@@ -150,9 +204,13 @@ class PhaseConfig:
     corpus: str = "synthetic"
     scale: str = "mini"
     phase: str = "teacher"
-    objective: str = "transducer"
+    objective: str = "transducer"  # transducer | distill | las | two_pass
+    init: InitConfig = field(default_factory=InitConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    two_pass: TwoPassConfig = field(default_factory=TwoPassConfig)
     spec_augment: SpecAugmentConfig = field(default_factory=SpecAugmentConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -199,6 +257,13 @@ def to_dict(config: Any) -> Dict[str, Any]:
 
 
 _CHOICES = {
+    "objective": ("transducer", "distill", "las", "two_pass"),
+    "teacher.kind": ("none", "exp_dir", "torchscript"),
+    "distill.lattice": ("pruned", "full"),
+    "distill.ranges_from": ("student", "teacher"),
+    "distill.form": ("full", "collapsed"),
+    "distill.weighting": ("uniform", "occupancy"),
+    "distill.normalise_by": ("nodes", "frames"),
     "model.decoder.kind": ("stateless", "lstm"),
     "loss.backend": ("auto", "k2", "fast_rnnt", "torch"),
     "optim.schedule": ("cosine", "linear", "constant"),
@@ -212,16 +277,19 @@ _RANGES = {
     "model.las.decoder_dim model.las.num_layers model.las.attention_dim model.las.num_heads "
     "loss.s_range data.max_duration_s data.max_cut_s data.num_buckets optim.lr optim.eps optim.clip_norm "
     "train.max_steps train.accumulate train.log_every train.valid_every train.save_every train.keep_last "
-    "train.keep_epochs train.average_period",
+    "train.keep_epochs train.average_period init.avg teacher.avg distill.temperature "
+    "distill.utterances_at_once two_pass.las_kd_temperature two_pass.mwer_nbest",
     "[0, inf)": "model.encoder.chunk_size model.encoder.left_context model.las.num_encoder_layers "
     "loss.simple_loss_scale loss.warm_step "
     "loss.ctc_weight spec_augment.num_time_masks spec_augment.max_time_mask_frames "
     "spec_augment.num_feature_masks spec_augment.max_feature_mask_bins data.min_cut_s data.num_workers "
+    "distill.weight distill.frame_shift two_pass.mwer_weight "
     "optim.weight_decay optim.warmup_steps train.num_threads train.valid_wer_utterances train.max_nonfinite",
     "[0, 1)": "model.encoder.dropout model.decoder.dropout model.las.dropout model.las.label_smoothing "
     "optim.betas",
+    "[-1, inf)": "init.epoch teacher.epoch",
     "[0, 1]": "loss.lm_scale loss.am_scale spec_augment.max_time_mask_fraction data.musan_prob "
-    "optim.final_lr_ratio",
+    "optim.final_lr_ratio two_pass.rnnt_weight two_pass.las_kd_weight",
     "[0, 2147483648)": "data.seed train.seed",
     "(-inf, inf)": "data.musan_snr_db",
     "[80, 80]": "model.encoder.feature_dim",
@@ -256,6 +324,7 @@ def _check_values(config: PhaseConfig, origin: str) -> None:
             f"{origin}: data.max_cut_s={config.data.max_cut_s} must be greater than "
             f"data.min_cut_s={config.data.min_cut_s}: no cut is left to train on"
         )
+    _check_objective(config, origin)
     _check_encoder(config.model.encoder, origin)
     las = config.model.las
     if las.attention_dim % las.num_heads:
@@ -263,6 +332,39 @@ def _check_values(config: PhaseConfig, origin: str) -> None:
             f"{origin}: model.las.attention_dim={las.attention_dim} must be a multiple of "
             f"num_heads={las.num_heads}"
         )
+
+
+def _check_objective(config: PhaseConfig, origin: str) -> None:
+    """What is asked for has to be used: a LAS or a teacher that nothing learns from is a mistake."""
+    name, kd, las_kd = config.objective, config.distill.weight > 0, config.two_pass.las_kd_weight > 0
+    uses_las = name in ("las", "two_pass")
+    if uses_las != config.model.las.enabled:
+        what = (
+            "trains the LAS: set"
+            if uses_las
+            else "does not train a LAS, objectives las and two_pass do; unset"
+        )
+        raise UserError(f"{origin}: objective={name} {what} model.las.enabled")
+    if kd and name not in ("distill", "two_pass"):
+        raise UserError(
+            f"{origin}: distill.weight={config.distill.weight} is for the objectives distill and two_pass, "
+            f"not {name}"
+        )
+    if las_kd and not uses_las:
+        raise UserError(
+            f"{origin}: two_pass.las_kd_weight={config.two_pass.las_kd_weight} is for the objectives las and "
+            f"two_pass, not {name}"
+        )
+    if config.two_pass.mwer_weight > 0 and name != "two_pass":
+        raise UserError(f"{origin}: two_pass.mwer_weight is for objective two_pass, not {name}")
+    has_teacher = config.teacher.kind != "none"
+    if name == "distill" and not kd:
+        raise UserError(f"{origin}: objective=distill needs distill.weight above 0; without, use transducer")
+    if (kd or las_kd) != has_teacher:
+        want = "needs a teacher: set" if kd or las_kd else "uses no teacher: set distill.weight, or unset"
+        raise UserError(f"{origin}: objective={name} with these weights {want} teacher.kind")
+    if las_kd and config.teacher.kind == "torchscript":
+        raise UserError(f"{origin}: a torchscript teacher has no LAS: set two_pass.las_kd_weight to 0")
 
 
 def _check_range(key: str, value: Any, interval: str, origin: str) -> None:

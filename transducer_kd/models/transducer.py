@@ -14,6 +14,7 @@ from transducer_kd.config import ModelConfig
 from transducer_kd.models.conformer import Conformer
 from transducer_kd.models.decoder import BLANK_ID, LstmDecoder, StatelessDecoder
 from transducer_kd.models.joiner import Joiner
+from transducer_kd.models.las import Las
 
 _DECODERS = {"stateless": StatelessDecoder, "lstm": LstmDecoder}
 
@@ -22,7 +23,7 @@ class Transducer(nn.Module):
     """Holds the parts; losses and searches call them.
 
     simple_am_proj and simple_lm_proj feed the pruned loss's first pass (arXiv:2206.13236), ctc_output an
-    auxiliary CTC loss (None without). None of the three is deployed.
+    auxiliary CTC loss (None without). None of the three is deployed. las is the second pass (None without).
     """
 
     blank_id = BLANK_ID
@@ -44,6 +45,8 @@ class Transducer(nn.Module):
             if head is not None:
                 nn.init.xavier_uniform_(head.weight)
                 nn.init.zeros_(head.bias)
+        # Last, so that the first pass begins with the same weights with and without it.
+        self.las = Las(cfg, vocab_size) if cfg.las.enabled else None
 
     def encode(self, x: Tensor, x_lens: Tensor, chunk_size: Optional[int] = None) -> Tuple[Tensor, Tensor]:
         """(N, T, C), (N,) -> encoder_out (N, T', encoder_dim), encoder_out_lens (N,). See
@@ -55,9 +58,13 @@ class Transducer(nn.Module):
         """Labels y (N, U), padded, without blanks -> decoder_out (N, U+1, D); row u has seen u labels."""
         return self.decoder(F.pad(y, (1, 0), value=self.blank_id))
 
-    def deployed_parameters(self) -> int:
-        """Number of parameters that run on a device: encoder, decoder and joiner."""
+    def first_pass_parameters(self) -> int:
+        """Number of parameters of encoder, decoder and joiner."""
         return sum(_count(module) for module in (self.encoder, self.decoder, self.joiner))
+
+    def deployed_parameters(self) -> int:
+        """Number of parameters that run on a device: the first pass's, and the LAS's where there is one."""
+        return self.first_pass_parameters() + (_count(self.las) if self.las is not None else 0)
 
     def parameter_table(self) -> str:
         """Parameters of each part, one line each, for the log."""
@@ -67,6 +74,7 @@ class Transducer(nn.Module):
             ("encoder.norm", _count(self.encoder.norm)),
             ("decoder", _count(self.decoder)),
             ("joiner", _count(self.joiner)),
+            *([("las", _count(self.las))] if self.las is not None else []),
             ("deployed", self.deployed_parameters()),
             ("training only", _count(self) - self.deployed_parameters()),
         ]
