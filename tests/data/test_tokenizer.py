@@ -2,7 +2,7 @@ import hashlib
 
 import pytest
 
-from transducer_kd.data.tokenizer import Tokenizer, check_same_tokenizer, train_bpe
+from transducer_kd.data.tokenizer import Tokenizer, check_same_tokenizer, check_same_tokens, train_bpe
 from transducer_kd.log import UserError
 
 LINES = ["TURN ON THE LIGHTS", "TURN OFF THE MUSIC", "SET A TIMER FOR TEN MINUTES", "IT'S TEN O'CLOCK"]
@@ -78,3 +78,72 @@ def test_missing_and_foreign_models(tmp_path):
     (tmp_path / "bpe.model").write_bytes(b"no model")
     with pytest.raises(UserError, match="not a sentencepiece model"):
         Tokenizer(tmp_path)
+
+
+@pytest.fixture
+def token_files(lang_dir, tmp_path):
+    """Our tokens.txt and a way to write another one."""
+    own = lang_dir / "tokens.txt"
+
+    def write(text):
+        other = tmp_path / "tokens.txt"
+        other.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return other
+
+    return own, own.read_text().splitlines(), write
+
+
+def test_the_same_tokens_pass_with_disambiguation_symbols_in_any_order_and_tabs(token_files):
+    own, lines, write = token_files
+    check_same_tokens(own, own)
+    check_same_tokens(own, write("\n".join(lines + ["#0 40", "#1 41", ""])))
+    check_same_tokens(own, write("\r\n".join(line.replace(" ", "\t") for line in lines[::-1])))
+
+
+def test_a_symbol_that_is_a_line_separator_is_a_symbol(token_files):
+    write = token_files[2]
+    odd = write("<blk> 0\n\u2028 1\n\u3000 2\n#1 3\nA 4\n")
+    check_same_tokens(odd, odd)
+    own = odd.rename(odd.with_name("own.txt"))
+    with pytest.raises(UserError, match="at id 3: #1 and #2 "):  # not at the end, so a token
+        check_same_tokens(own, write("<blk> 0\n\u2028 1\n\u3000 2\n#2 3\nA 4\n"))
+
+
+def test_the_first_different_token_is_named(token_files):
+    own, lines, write = token_files
+    symbol = lines[7].split()[0]
+    other = write("\n".join(lines[:7] + ["QQ 7", "ZZ 8"] + lines[9:]))
+    with pytest.raises(UserError) as error:
+        check_same_tokens(own, other)
+    message = str(error.value)
+    assert f"id 7: {symbol} and QQ " in message and str(own) in message and str(other) in message
+
+
+def test_another_number_of_tokens(token_files):
+    own, lines, write = token_files
+    with pytest.raises(UserError, match="id 40: no token and X .40 and 41 tokens"):
+        check_same_tokens(own, write("\n".join(lines + ["X 40"])))
+    with pytest.raises(UserError, match="id 39: .* and no token .40 and 39 tokens"):
+        check_same_tokens(own, write("\n".join(lines[:39])))
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("", "has no tokens"),
+        ("#0 0\n", "has no tokens"),
+        ("<blk> 0\n<sos/eos>\n", ":2: '<sos/eos>' is no"),
+        ("<blk> 0\nA 1\nB 1\n", ":3: 'B 1' is no"),
+        ("<blk> 0\nA one\n", ":2: 'A one' is no"),
+        (b"\xff\xfe\x00", "is not text"),
+    ],
+)
+def test_damaged_token_lists(token_files, content, words):
+    own, _, write = token_files
+    with pytest.raises(UserError, match=words):
+        check_same_tokens(own, write(content))
+
+
+def test_a_missing_token_list(token_files, tmp_path):
+    with pytest.raises(UserError, match="nowhere.txt cannot be read"):
+        check_same_tokens(token_files[0], tmp_path / "nowhere.txt")

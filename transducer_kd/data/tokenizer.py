@@ -9,7 +9,7 @@ import hashlib
 import io
 import re
 from pathlib import Path
-from typing import Iterable, List
+from typing import Dict, Iterable, List
 
 import sentencepiece as spm
 
@@ -89,6 +89,46 @@ def check_same_tokenizer(expected_sha256: str, lang_dir: Path) -> None:
             f"{Path(lang_dir) / 'bpe.model'} has sha256 {found[:12]}, but sha256 {expected_sha256[:12]} is "
             "expected: the token ids mean different things. Use the lang folder the model was trained with"
         )
+
+
+def check_same_tokens(own_tokens: Path, other_tokens: Path) -> None:
+    """Raise UserError unless two tokens.txt give every id the same symbol.
+
+    For a teacher of which there is no bpe.model. The disambiguation symbols #0, #1, ... that icefall's lexica
+    append do not count: no model emits them. Also UserError for a file that is missing or damaged.
+    """
+    own, other = _read_tokens(own_tokens), _read_tokens(other_tokens)
+    for i in sorted({**own, **other}):
+        if own.get(i) != other.get(i):
+            raise UserError(
+                f"{own_tokens} and {other_tokens} differ first at id {i}: {own.get(i, 'no token')} and "
+                f"{other.get(i, 'no token')} ({len(own)} and {len(other)} tokens). A student needs its "
+                "teacher's tokens: put the teacher's bpe.model and tokens.txt into the lang folder, or take "
+                "another teacher"
+            )
+
+
+def _read_tokens(path: Path) -> Dict[int, str]:
+    """Id -> symbol of a tokens.txt, without disambiguation symbols."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError:
+        raise UserError(f"{path} cannot be read; name the tokens.txt of the model") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text; name the tokens.txt of the model") from None
+    tokens: Dict[int, str] = {}
+    # Not splitlines(): a symbol may be one of the characters that it takes for the end of a line.
+    for number, line in enumerate(text.split("\n"), 1):
+        match = re.fullmatch(r"(.+?)[ \t]+([0-9]+)\r?", line)
+        if match and int(match.group(2)) not in tokens:
+            tokens[int(match.group(2))] = match.group(1)
+        elif line.strip():
+            raise UserError(f"{path}:{number}: {line[:80]!r} is no `symbol id` line with an id of its own")
+    while tokens and re.fullmatch("#[0-9]+", tokens[max(tokens)]):
+        del tokens[max(tokens)]
+    if not tokens:
+        raise UserError(f"{path} has no tokens; name the tokens.txt of the model")
+    return tokens
 
 
 def _train(lines: List[str], vocab_size: int, hard_limit: bool) -> bytes:
