@@ -27,7 +27,7 @@ from transducer_kd.models.subsampling import subsampled_lens
 _PROBE_FRAMES = 100
 _PROBE_TOKENS = 5
 
-# On a GPU TorchScript's optimiser compiles kernels for the shapes that it meets, and every batch has new ones.
+# On a GPU TorchScript's optimiser compiles kernels for the shapes that it meets, and every batch differs.
 _as_written = torch.jit.optimized_execution(False)
 
 
