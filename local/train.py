@@ -71,14 +71,14 @@ def main() -> int:
                 f"--resume: {args.exp_dir} holds no readable checkpoint; leave --resume out to start"
             )
         tokenizer = build.build_tokenizer(config.data)
-        objective = build.build_objective(config, tokenizer.vocab_size)
+        objective, origins = build.build_objective(config, tokenizer)
         model = objective.model
         if processes.rank == 0:
             total = sum(p.numel() for p in model.parameters())
             sizes = {"deployed": model.deployed_parameters(), "total": total}
-            experiment.prepare_exp_dir(args.exp_dir, config, total)
+            experiment.prepare_exp_dir(args.exp_dir, config, total, origins)
             meta = {"bpe_sha256": tokenizer.sha256, "parameters": sizes, "loss_backend": objective.backend}
-            experiment.write_meta(args.exp_dir, meta)
+            experiment.write_meta(args.exp_dir, {**meta, "origins": origins})
             logging.info("%s/%s, loss on %s", config.recipe, config.phase, objective.backend)
             logging.info("parameters\n%s", model.parameter_table())
         ddp.barrier()

@@ -157,7 +157,7 @@ class TestWholeRun:
         (smoke.root / DATA / "manifests" / "parts.json").unlink()
         output = smoke.run("--stage", "1", "--stop-stage", "1", "--force", status=1)
         last = output.strip().splitlines()[-1]
-        assert "ERROR stage 1 (features and BPE) failed" in last and "stage-1-features.log" in last
+        assert "ERROR stage 1 (features and BPE) failed" in last and "stage-1-features-and-BPE.log" in last
         assert "The same command without --force goes on from here" in last
         assert "run stage 0 first" in output
 

@@ -1,5 +1,6 @@
 """The one place that names concrete classes: from a phase's configuration to the objects that run it."""
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +10,19 @@ import torch
 
 from transducer_kd import config as cfg
 from transducer_kd.data.datamodule import DataModule
-from transducer_kd.data.tokenizer import Tokenizer
+from transducer_kd.data.tokenizer import Tokenizer, check_same_tokens
 from transducer_kd.decode import wer
 from transducer_kd.decode.greedy import greedy_search
 from transducer_kd.log import UserError
+from transducer_kd.models.frozen import Frozen
+from transducer_kd.models.scripted import load_scripted
 from transducer_kd.models.spec_augment import SpecAugment
 from transducer_kd.models.subsampling import subsampled_lens
 from transducer_kd.models.transducer import Transducer
 from transducer_kd.objectives.base import Objective
+from transducer_kd.objectives.distill import DistillObjective
 from transducer_kd.objectives.transducer import TransducerObjective
+from transducer_kd.objectives.two_pass import LasObjective, TwoPassObjective
 from transducer_kd.train import checkpoint as ckpt
 from transducer_kd.train import faults
 from transducer_kd.train.trainer import Validation
@@ -39,11 +44,94 @@ def build_model(config: cfg.PhaseConfig, vocab_size: int) -> Transducer:
     return Transducer(config.model, vocab_size, with_ctc=config.loss.ctc_weight > 0)
 
 
-def build_objective(config: cfg.PhaseConfig, vocab_size: int) -> Objective:
-    """What the phase trains. UserError for an objective that does not exist."""
-    if config.objective != "transducer":
-        raise UserError(f"objective={config.objective!r} is not known; known: transducer")
-    return TransducerObjective(build_model(config, vocab_size), config.loss, SpecAugment(config.spec_augment))
+def build_objective(
+    config: cfg.PhaseConfig, tokenizer: Tokenizer
+) -> Tuple[Objective, Dict[str, Dict[str, str]]]:
+    """What the phase trains, and where its first weights and its teacher come from: {"init" | "teacher":
+    {"path", "checkpoint", "sha256"}}, of those that it has.
+
+    UserError where the teacher or the first weights are missing or do not fit.
+    """
+    model, origins = build_model(config, tokenizer.vocab_size), {}
+    if config.init.exp_dir:
+        origins["init"] = _start_from(model, config.init, tokenizer)
+    teacher = None
+    if config.teacher.kind != "none":
+        teacher, origins["teacher"] = build_teacher(config.teacher, tokenizer)
+    augment = SpecAugment(config.spec_augment)
+    if config.objective == "las":
+        return LasObjective(model, augment, config.two_pass, teacher), origins
+    if config.objective == "two_pass":
+
+        def to_words(tokens: List[int]) -> List[str]:
+            return tokenizer.decode(tokens).split()
+
+        objective = TwoPassObjective(
+            model, config.loss, augment, config.distill, config.two_pass, teacher, to_words
+        )
+        return objective, origins
+    if config.objective == "distill":
+        return DistillObjective(model, config.loss, augment, config.distill, teacher), origins
+    return TransducerObjective(model, config.loss, augment), origins
+
+
+def build_teacher(config: cfg.TeacherConfig, tokenizer: Tokenizer) -> Tuple[Frozen, Dict[str, str]]:
+    """The teacher that `config` names, and where it comes from. UserError unless it has our vocabulary."""
+    if config.kind == "exp_dir":
+        _require(config.exp_dir, "teacher.exp_dir", "a trained phase's folder")
+        lang_dir = str(tokenizer.path.parent)
+        loaded = load_model(
+            Path(config.exp_dir), config.epoch, config.avg, config.use_averaged_model, lang_dir=lang_dir
+        )
+        model, checkpoint = loaded.model, loaded.checkpoint
+    else:
+        _require(config.torchscript, "teacher.torchscript", "a TorchScript file")
+        _require(config.tokens, "teacher.tokens", "the tokens.txt that it was trained with")
+        check_same_tokens(tokenizer.path.parent / "tokens.txt", Path(config.tokens))
+        model, checkpoint = load_scripted(Path(config.torchscript)), "torchscript"
+    if model.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"the teacher {config.torchscript or config.exp_dir} has {model.vocab_size} classes and the "
+            f"student {tokenizer.vocab_size}; they need the same BPE model"
+        )
+    path = config.exp_dir if config.kind == "exp_dir" else config.torchscript
+    return Frozen(model), _origin(path, checkpoint, model.state_dict())
+
+
+def _require(value: str, key: str, what: str) -> None:
+    if not value:
+        raise UserError(f"{key} is not set; pass --set {key}=... ({what})")
+
+
+def _start_from(model: Transducer, init: cfg.InitConfig, tokenizer: Tokenizer) -> Dict[str, str]:
+    """Load an earlier phase's weights into `model`; only heads and a LAS may be new, or be left behind."""
+    state, content, checkpoint = ckpt.select_weights(
+        Path(init.exp_dir), init.epoch, init.avg, init.use_averaged_model
+    )
+    _check_bpe(init.exp_dir, content, tokenizer)
+    reference = model.state_dict()
+    state = {k: v.to(reference[k].dtype) for k, v in state.items() if k in reference}
+    optional = ("las.", "ctc_output.")
+    missing = [k for k in reference if k not in state and not k.startswith(optional)]
+    wrong = [k for k in state if state[k].shape != reference[k].shape]
+    if missing or wrong:
+        key = (missing + wrong)[0]
+        found = tuple(state[key].shape) if key in state else "nothing"
+        raise UserError(
+            f"init.exp_dir={init.exp_dir} does not fit the model of this phase: {key} is {found} there and "
+            f"{tuple(reference[key].shape)} here; give both phases the same model section"
+        )
+    model.load_state_dict({**reference, **state})
+    logging.info("begun from %s of %s", checkpoint, init.exp_dir)
+    return _origin(init.exp_dir, checkpoint, state)
+
+
+def _origin(path: str, checkpoint: str, state: Dict[str, torch.Tensor]) -> Dict[str, str]:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().cpu().contiguous().numpy().tobytes())
+    return {"path": path, "checkpoint": checkpoint, "sha256": digest.hexdigest()}
 
 
 def build_data(
@@ -118,14 +206,18 @@ def load_model(
     config = cfg.from_dict(content["config"], str(exp_dir))
     config.data.lang_dir = lang_dir or config.data.lang_dir
     tokenizer = build_tokenizer(config.data)
-    if tokenizer.sha256 != content["bpe_sha256"]:
-        raise UserError(
-            f"{exp_dir} was trained with another BPE model than {config.data.lang_dir}/bpe.model "
-            f"(sha256 {content['bpe_sha256'][:12]}, found {tokenizer.sha256[:12]}); decode with the "
-            "lang_dir it was trained with, or train again"
-        )
+    _check_bpe(exp_dir, content, tokenizer)
     model = build_model(config, tokenizer.vocab_size)
     reference = model.state_dict()
     model.load_state_dict({k: v.to(reference[k].dtype) for k, v in state.items()})
     logging.info("loaded %s of %s (%d parameters deployed)", name, exp_dir, model.deployed_parameters())
     return LoadedModel(model.eval().to(device), config, tokenizer, name)
+
+
+def _check_bpe(exp_dir: Any, content: Dict[str, Any], tokenizer: Tokenizer) -> None:
+    if tokenizer.sha256 != content["bpe_sha256"]:
+        raise UserError(
+            f"{exp_dir} was trained with another BPE model than {tokenizer.path} (sha256 "
+            f"{content['bpe_sha256'][:12]}, found {tokenizer.sha256[:12]}); use the lang_dir it was trained "
+            "with, or train again"
+        )

@@ -190,9 +190,26 @@ prepare_paths() {
   log "recipe $recipe, corpus $corpus_name, scale $scale, environment $env: data in $data_dir, models in $exp_root"
 }
 
+# Fills `sets` with the --set options that concern phase $1: those without a phase, and its own, PHASE:KEY=VALUE.
+select_sets() {
+  local item
+  sets=()
+  for item in ${set_args[@]+"${set_args[@]}"}; do
+    case ${item%%=*} in
+      --set) ;;
+      "$1":*) sets+=(--set "${item#*:}") ;;
+      *:*) ;;
+      *) sets+=(--set "$item") ;;
+    esac
+  done
+}
+
 # Reads every phase's configuration, so that a misspelt --set is an error before the first stage. $@: phases
 check_configs() {
-  local phase
+  local phase item
+  for item in ${set_args[@]+"${set_args[@]}"}; do
+    case ${item%%=*} in *:*) [[ " $* " == *" ${item%%:*} "* ]] || fail "--set $item: no such phase; there are: $*" ;; esac
+  done
   for phase in "$@"; do
     config_value "$phase" phase >/dev/null
   done
@@ -206,7 +223,9 @@ parts_of() {
 
 # A value of a phase's configuration after the --set options: config_value teacher model.encoder.chunk_size
 config_value() {
-  python - "$conf_dir/$1.yaml" "$2" ${set_args[@]+"${set_args[@]}"} <<'PY'
+  local sets
+  select_sets "$1"
+  python - "$conf_dir/$1.yaml" "$2" ${sets[@]+"${sets[@]}"} <<'PY'
 import functools, sys
 from pathlib import Path
 from transducer_kd.config import load_config
@@ -221,7 +240,7 @@ PY
 
 current_stage="" current_name="" stage_log="" child=""
 
-# run_stage NUMBER NAME MARK FINGERPRINT FUNCTION
+# run_stage NUMBER NAME MARK FINGERPRINT FUNCTION [ARGUMENT...]
 # Calls FUNCTION unless MARK says that it ended well with this FINGERPRINT, which holds every option that matters. With
 # another fingerprint the stage runs again, and FUNCTION finds redo=1, as with --force: earlier output is no use then.
 # Without a MARK the stage always runs.
@@ -243,12 +262,12 @@ run_stage() {
   start=$(date +%s.%N)
   # On a terminal the output stays there, because tqdm's bars need one; elsewhere it goes to a log file as well.
   if [ ! -t 2 ]; then
-    stage_log=$exp_root/log/stage-$1-${2%% *}.log
+    stage_log=$exp_root/log/stage-$1-${2// /-}.log
     exec 3>&1 4>&2 > >(trap '' INT TERM HUP; exec tee "$stage_log") 2>&1
     tee_pid=$!
   fi
   log "Stage $1: $2"
-  "$5"
+  "${@:5}"
   log "Stage $1: done in $(elapsed_since "$start") s"
   end_stage_log
   if [ -n "$mark" ]; then
@@ -333,23 +352,28 @@ feature_fingerprint() {
   data_fingerprint
   echo "vocab_size=$vocab_size on_the_fly_feats=$on_the_fly_feats speed_perturb=$(config_value "$1" data.speed_perturb)"
 }
-# $1: phase
+# $1: phase; then those whose weights it begins with or learns from: trained anew, they make it begin anew.
 phase_fingerprint() {
   feature_fingerprint "$1"
   # Of this phase's settings only, without comments: a new phase beside it is no reason to train this one again.
-  local base
+  local base sets other
+  select_sets "$1"
   base=$(sed -n 's/^base: *//p' "$conf_dir/$1.yaml")
-  echo "phase=$1 set=${set_args[*]-}" \
+  echo "phase=$1 set=${sets[*]-}" \
     "config=$(cat "$conf_dir/$1.yaml" ${base:+"$conf_dir/$base"} | sed 's/ *#.*//; /^$/d' | cksum)"
-}
-# $1: phases, $2: methods. A phase that was trained anew is decoded anew, also with the same options.
-decode_fingerprint() {
-  local phase
-  echo "methods=$2"
-  for phase in $1; do
-    phase_fingerprint "$phase"
-    sed -n '$p' "$exp_root/$phase/.done" 2>/dev/null || true
+  for other in "${@:2}"; do
+    echo "$other $(training_ended "$other")"
   done
+}
+# When a phase's training ended; nothing where it has not.
+training_ended() {
+  if [ -e "$exp_root/$1/.done" ]; then sed -n '$p' "$exp_root/$1/.done"; fi
+}
+# $1: phase, $2: methods. A phase that was trained anew is decoded anew, also with the same options.
+decode_fingerprint() {
+  echo "methods=$2"
+  phase_fingerprint "$1"
+  training_ended "$1"
 }
 
 # What prepare_manifests.py is told about the parts and the checks; lists are split on purpose.
@@ -391,6 +415,10 @@ stage_features() {
     --vocab-size "$vocab_size" --text-norm "$text_norm"
 }
 
+require_trained() {
+  [ -e "$exp_root/$1/.done" ] || fail "$exp_root/$1 is not trained; run its stage first (./run.sh --help)"
+}
+
 # Trains one phase: conf/<scale>/<phase>.yaml -> exp/<corpus>-<scale>/<phase>/. More arguments go to train.py.
 train_phase() {
   local phase=$1 dev train launcher=(python)
@@ -404,21 +432,25 @@ train_phase() {
   [ "$on_the_fly_feats" = 0 ] || args+=(--set data.on_the_fly_feats=true)
   # A run with other options cannot be continued; train.py moves it aside, nothing is deleted.
   if [ "$redo" = 1 ] && [ -d "$exp_root/$phase" ]; then args+=(--restart); fi
-  run "${launcher[@]}" local/train.py "${args[@]}" ${set_args[@]+"${set_args[@]}"} "$@"
+  local sets
+  select_sets "$phase"
+  run "${launcher[@]}" local/train.py "${args[@]}" ${sets[@]+"${sets[@]}"} "$@"
 }
 
-# Decodes the test parts with a phase. $1: phase; $2: methods, commas between them.
+# Decodes the test parts with a phase. $1: phase; $2: methods, commas between them. A LAS is tuned on the dev part.
 decode_phase() {
-  local methods=$2 test
-  test=$(parts_of test)
+  local methods=$2 test dev args=()
+  test=$(parts_of test) dev=$(parts_of dev)
   [ -n "$test" ] || fail "the corpus has no test part; name one with --test-parts and run stage 0 again"
   if [[ $methods == *fast_beam* ]] && ! python -c "import k2" >/dev/null 2>&1; then
+    methods=${methods/fast_beam_search_nbest_las_rescore/modified_beam_search_las_rescore}
     methods=$(tr ',' '\n' <<<"$methods" | grep -v '^fast_beam' | paste -sd, -)
     log "no k2 in this environment: leaving out the fast_beam_search methods (python3 tools/check_env.py says more)"
   fi
   if [ "$(config_value "$1" model.encoder.chunk_size)" != 0 ]; then methods+=,streaming_greedy_search; fi
+  if [[ $methods == *_las_rescore* ]]; then args+=(--tune-part "${dev%% *}"); fi
   run python local/decode.py --exp-dir "$exp_root/$1" --use-averaged-model --decoding-method "$methods" \
-    --test-parts "${test// /,}" --device "$device"
+    --test-parts "${test// /,}" --device "$device" ${args[@]+"${args[@]}"}
 }
 
 # Makes the report of everything in exp_root and prints the results table. What a smoke run scores is no result.

@@ -95,7 +95,7 @@ def compare(a: Sequence[Utterance], b: Sequence[Utterance], resamples: int = _RE
             f"a paired comparison needs the same utterances: {len(a)} and {len(b)} given, some differ"
         )
     counts = np.array(
-        [[_errors(ref, hyp), _errors(*by_cut[cut]), len(ref)] for cut, ref, hyp in a], dtype=np.int64
+        [[word_errors(ref, hyp), word_errors(*by_cut[cut]), len(ref)] for cut, ref, hyp in a], dtype=np.int64
     ).reshape(-1, 3)
     if not counts[:, 2].sum():
         raise ValueError("a paired comparison needs reference words, and there are none")
@@ -176,7 +176,8 @@ def _align(ref: List[str], hyp: List[str]) -> List[Pair]:
     return kaldialign.align(ref, hyp, _NONE)
 
 
-def _errors(ref: List[str], hyp: List[str]) -> int:
+def word_errors(ref: List[str], hyp: List[str]) -> int:
+    """Insertions, deletions and substitutions of the best alignment."""
     return kaldialign.edit_distance(ref, hyp)["total"]
 
 

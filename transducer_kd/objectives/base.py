@@ -24,6 +24,14 @@ class LossOutput:
     encoder_out_lens: torch.Tensor
     metrics: Dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def of_terms(
+        cls, losses: torch.Tensor, encoder_out_lens: torch.Tensor, terms: Dict[str, torch.Tensor]
+    ) -> "LossOutput":
+        """With the batch's sum of each term (N,), and of the losses themselves, as metrics."""
+        sums = {name: value.detach().sum() for name, value in {**terms, "loss": losses}.items()}
+        return cls(losses, encoder_out_lens, sums)
+
     @property
     def loss_sum(self) -> torch.Tensor:
         """() with graph: what is backpropagated."""
@@ -43,6 +51,7 @@ class Objective(nn.Module):
     """
 
     model: nn.Module
+    backend: str = "none"  # kernel of the transducer loss, for the record
 
     def forward(self, batch: Any, step: int) -> LossOutput:
         """Loss of one batch at update `step` (0-based; loss weights may depend on it)."""

@@ -5,13 +5,14 @@ Source: pruned RNN-T, Kuang et al. 2022 (arXiv:2206.13236); CTC, Graves et al. 2
 """
 
 from dataclasses import dataclass
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 
 from transducer_kd.config import LossConfig
 from transducer_kd.losses import pruned_rnnt
+from transducer_kd.losses.lattice_recursion import Grads
 from transducer_kd.models.spec_augment import SpecAugment
 from transducer_kd.models.transducer import Transducer
 from transducer_kd.objectives.base import LossOutput, Objective
@@ -33,14 +34,16 @@ def warm_up_scales(step: int, warm_step: int, simple_loss_scale: float) -> Tuple
 class TransducerPass:
     """What one pass of the transducer loss computed, for objectives that add terms on the same nodes.
 
-    encoder_out (N,T',D), encoder_out_lens (N,), decoder_out (N,U+1,D), boundary (N,4), ranges (N,T',s_range),
-    logits (N,T',s_range,V), simple_loss and pruned_loss (N,).
+    encoder_out (N,T',D), encoder_out_lens (N,), decoder_out (N,U+1,D), boundary (N,4), occupancies that the
+    lattice was pruned by (N,U,T') and (N,U+1,T'), ranges (N,T',s_range), logits (N,T',s_range,V), simple_loss
+    and pruned_loss (N,).
     """
 
     encoder_out: torch.Tensor
     encoder_out_lens: torch.Tensor
     decoder_out: torch.Tensor
     boundary: torch.Tensor
+    occupancies: Grads
     ranges: torch.Tensor
     logits: torch.Tensor
     simple_loss: torch.Tensor
@@ -58,8 +61,14 @@ class TransducerObjective(Objective):
         self.backend = pruned_rnnt.resolve_backend(loss.backend)
 
     def forward(self, batch: Any, step: int) -> LossOutput:
-        x = self.spec_augment(batch.features, batch.feature_lens)
-        done = self.transducer_pass(x, batch)
+        done = self.transducer_pass(self.spec_augment(batch.features, batch.feature_lens), batch)
+        losses, terms = self.transducer_loss(done, batch, step)
+        return LossOutput.of_terms(losses, done.encoder_out_lens, terms)
+
+    def transducer_loss(
+        self, done: TransducerPass, batch: Any, step: int
+    ) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
+        """The weighted sum (N,) of what `done` computed and of CTC, and its terms, each (N,)."""
         if self.training:
             simple_scale, pruned_scale = warm_up_scales(
                 step, self.loss.warm_step, self.loss.simple_loss_scale
@@ -71,14 +80,19 @@ class TransducerObjective(Objective):
         if self.model.ctc_output is not None and self.loss.ctc_weight > 0:
             terms["ctc_loss"] = self.ctc_loss(done.encoder_out, done.encoder_out_lens, batch)
             losses = losses + self.loss.ctc_weight * terms["ctc_loss"]
-        terms["loss"] = losses
-        metrics = {name: value.detach().sum() for name, value in terms.items()}
-        return LossOutput(losses, done.encoder_out_lens, metrics)
+        return losses, terms
 
     def transducer_pass(
-        self, x: torch.Tensor, batch: Any, chunk_size: Optional[int] = None
+        self,
+        x: torch.Tensor,
+        batch: Any,
+        chunk_size: Optional[int] = None,
+        guide: Optional[Callable[[int], Grads]] = None,
     ) -> TransducerPass:
-        """Encode `x` (N,T,C) and compute both transducer losses on the batch's tokens."""
+        """Encode `x` (N,T,C) and compute both transducer losses on the batch's tokens.
+
+        guide: gives for T' the occupancies (N,U,T'), (N,U+1,T') to prune by, in place of the simple loss's.
+        """
         model = self.model
         encoder_out, encoder_out_lens = model.encode(x, batch.feature_lens, chunk_size=chunk_size)
         decoder_out = model.decode_labels(batch.y)
@@ -93,7 +107,8 @@ class TransducerObjective(Objective):
             backend=self.backend,
         )
         # Before any backward: fast_rnnt's backward overwrites the occupation gradients.
-        ranges = pruned_rnnt.prune_ranges(*gradients, boundary, self.loss.s_range)
+        occupancies = gradients if guide is None else guide(encoder_out.shape[1])
+        ranges = pruned_rnnt.prune_ranges(*occupancies, boundary, self.loss.s_range)
         # Projected before pruning: T' + U + 1 rows instead of T' times s_range.
         am, lm = pruned_rnnt.gather_pruned(
             model.joiner.encoder_proj(encoder_out), model.joiner.decoder_proj(decoder_out), ranges
@@ -101,8 +116,9 @@ class TransducerObjective(Objective):
         logits = model.joiner(am, lm, project_input=False)
         pruned_loss = pruned_rnnt.pruned_loss(logits, batch.y, ranges, boundary, self.backend)
         return TransducerPass(
-            encoder_out, encoder_out_lens, decoder_out, boundary, ranges, logits, simple_loss, pruned_loss
-        )
+            encoder_out, encoder_out_lens, decoder_out, boundary, occupancies, ranges, logits, simple_loss,
+            pruned_loss,
+        )  # fmt: skip
 
     def ctc_loss(self, encoder_out: torch.Tensor, encoder_out_lens: torch.Tensor, batch: Any) -> torch.Tensor:
         """CTC losses (N,). Utterances that CTC cannot align (too many repeats for T') count as zero."""

@@ -25,6 +25,8 @@ _MAY_CHANGE = {
     "train.log_every", "train.valid_every", "train.valid_wer_utterances", "train.save_every",
     "train.keep_last", "train.keep_epochs", "train.num_threads", "train.max_nonfinite", "data.num_workers",
     "data.fbank_dir", "data.lang_dir",
+    # Whose weights these are is known by their hash.
+    "init.exp_dir", "teacher.exp_dir", "teacher.torchscript", "teacher.tokens",
 }  # fmt: skip
 
 
@@ -40,21 +42,24 @@ def set_aside(exp_dir: Path) -> None:
         logging.info("moved the earlier run to %s", kept)
 
 
-def prepare_exp_dir(exp_dir: Path, config: PhaseConfig, num_parameters: int) -> None:
-    """Create `exp_dir`, or check that what it holds was made with the same configuration.
+def prepare_exp_dir(
+    exp_dir: Path, config: PhaseConfig, num_parameters: int, origins: Optional[Dict[str, Any]] = None
+) -> None:
+    """Create `exp_dir`, or check that what it holds was made with the same configuration, first weights and
+    teacher (`origins`, which hold their hashes).
 
-    Raises UserError that lists the keys that differ, or when the disk cannot hold the checkpoints to come.
+    Raises UserError that lists what differs, or when the disk cannot hold the checkpoints to come.
     """
     exp_dir = Path(exp_dir)
     path = exp_dir / "config.json"
     new = to_dict(config)
     if path.exists() and (any(exp_dir.glob("epoch-*.pt")) or any(exp_dir.glob("checkpoint-*.pt"))):
-        try:
-            # Through the dataclasses: a setting that did not exist then had what is its default now.
-            old = to_dict(from_dict(json.loads(path.read_text(encoding="utf-8")), str(path)))
-        except json.JSONDecodeError:
-            raise UserError(f"{path} is not JSON; start again with --restart") from None
-        a, b = _flat(old), _flat(new)
+        # Through the dataclasses: a setting that did not exist then had what is its default now.
+        a, b = _flat(to_dict(from_dict(_read_json(path), str(path)))), _flat(new)
+        meta = exp_dir / "meta.json"
+        if meta.exists():
+            a.update(_hashes(_read_json(meta).get("origins")))
+            b.update(_hashes(origins))
         differing = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and k not in _MAY_CHANGE]
         if differing:
             shown = ", ".join(f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in differing)
@@ -69,6 +74,17 @@ def prepare_exp_dir(exp_dir: Path, config: PhaseConfig, num_parameters: int) -> 
     check_disk_space(exp_dir, 20.0 * num_parameters * missing, f"training with {num_files} checkpoints")
     exp_dir.mkdir(parents=True, exist_ok=True)
     write_json(path, new)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        raise UserError(f"{path} is not JSON; start again with --restart") from None
+
+
+def _hashes(origins: Optional[Dict[str, Any]]) -> Dict[str, str]:
+    return {f"weights of {name}": origin["sha256"][:12] for name, origin in (origins or {}).items()}
 
 
 def _flat(tree: Dict[str, Any], prefix: str = "") -> Dict[str, Any]:
