@@ -3,12 +3,17 @@ import dataclasses
 import pytest
 import torch
 
+from transducer_kd.config import LasConfig
 from transducer_kd.data.batch import Batch
-from transducer_kd.decode import evaluate
+from transducer_kd.decode import evaluate, wer
 from transducer_kd.decode import lattice as lat
+from transducer_kd.decode.beam_search import modified_beam_search
+from transducer_kd.decode.rescore import Weights
 from transducer_kd.log import UserError
+from transducer_kd.models.las import Las
 
 CPU = torch.device("cpu")
+RESCORE = ("modified_beam_search_las_rescore", "fast_beam_search_nbest_las_rescore")
 
 
 class LetterTokenizer:
@@ -35,6 +40,22 @@ def batches():
             )
         )
     return out
+
+
+@pytest.fixture
+def two_pass(build_model):
+    """A transducer with a LAS that is sure of itself, so that the passes disagree."""
+    model = build_model()
+    torch.manual_seed(5)
+    model.config.las = LasConfig(True, 0, 12, attention_dim=8, num_heads=2)
+    model.las = Las(model.config, model.vocab_size).eval().requires_grad_(False)
+    model.las.output.weight.mul_(4.0)
+    return model
+
+
+def weighted(mu, length_weight=0.0, **kwargs):
+    weights = {method: Weights(mu, length_weight, "dev") for method in RESCORE}
+    return evaluate.SearchOptions(weights=weights, **kwargs)
 
 
 def make_decoder(model, batches, **kwargs):
@@ -81,28 +102,94 @@ def test_a_finished_method_is_there_before_the_next_begins(monkeypatch, build_mo
 
 
 @pytest.mark.parametrize(
-    "asked", [evaluate.LATTICE_METHODS, evaluate.LATTICE_METHODS[:1], ["fast_beam_search_nbest"]]
+    "asked", [evaluate.LATTICE_METHODS, evaluate.LATTICE_METHODS[:1], ["fast_beam_search_nbest"], RESCORE[1:]]
 )
-def test_lattice_methods_share_lattices(monkeypatch, tmp_path, build_model, batches, asked):
+def test_lattice_methods_share_lattices_and_nbest_lists(monkeypatch, tmp_path, two_pass, batches, asked):
     pytest.importorskip("k2", reason="lattices need k2")
     calls = []
-    real = lat.fast_beam_search_lattice
-    monkeypatch.setattr(lat, "fast_beam_search_lattice", lambda *args: calls.append(args) or real(*args))
-    results = list(make_decoder(build_model(), batches, lattice_dir=tmp_path / "lattices").decode(asked))
+    for name in ("fast_beam_search_lattice", "nbest"):
+        real = getattr(lat, name)
+        counted = lambda *args, name=name, real=real: calls.append(name) or real(*args)  # noqa: E731
+        monkeypatch.setattr(lat, name, counted)
+    decoder = make_decoder(two_pass, batches, options=weighted(0.5), lattice_dir=tmp_path / "lattices")
+    results = list(decoder.decode(asked))
     assert [r.method for r in results] == list(asked)
     assert all(len(r.utterances) == 5 for r in results)
-    assert len(calls) == len(batches)
+    assert calls.count("fast_beam_search_lattice") == len(batches)
+    assert calls.count("nbest") == (0 if list(asked) == ["fast_beam_search"] else len(batches))
     files = sorted((tmp_path / "lattices").iterdir())
     assert [lat.load_lattices(f)[0] for f in files] == [b.cut_ids for b in batches]
 
 
-def test_the_oracle_is_never_worse(build_model, batches):
+def test_the_oracle_is_never_worse(two_pass, batches):
     pytest.importorskip("k2", reason="lattices need k2")
-    from transducer_kd.decode import wer
+    results = make_decoder(two_pass, batches, options=weighted(0.5)).decode(evaluate.LATTICE_METHODS)
+    one_best, nbest, oracle, rescored = (wer.word_error_rate(r.utterances) for r in results)
+    assert oracle < min(one_best, nbest) and oracle <= rescored
 
-    results = make_decoder(build_model(), batches).decode(evaluate.LATTICE_METHODS)
-    one_best, nbest, oracle = (wer.word_error_rate(r.utterances) for r in results)
-    assert oracle < min(one_best, nbest)
+
+@pytest.mark.parametrize("method", RESCORE)
+def test_the_weights_reach_from_the_first_pass_to_the_las(two_pass, batches, method):
+    if "fast_beam" in method:
+        pytest.importorskip("k2", reason="lattices need k2")
+    first_pass = method[: -len("_las_rescore")]
+
+    def decode(mu, **kwargs):
+        options = weighted(mu, **kwargs)
+        first, rescored = make_decoder(two_pass, batches, options=options).decode([method, first_pass])
+        assert (first.method, rescored.method) == (first_pass, method)
+        assert first.second_pass_s is None and rescored.second_pass_s > 0
+        assert rescored.decode_s == pytest.approx(first.decode_s + rescored.second_pass_s)
+        return first.utterances, rescored.utterances
+
+    first, rescored = decode(0.0)
+    assert rescored == first
+    _, by_las = decode(1.0)
+    assert by_las != first
+    for (_, _, hyp), best in zip(by_las, choices_of_las(two_pass, batches, method)):
+        assert hyp == best
+    assert decode(1.0, rescore_nbest=1)[1] == first
+
+
+def choices_of_las(model, batches, method):
+    """Readable twin of rescoring with mu 1: teacher forcing with one hypothesis at a time."""
+    for batch in batches:
+        out, lens = model.encode(batch.features, batch.feature_lens)
+        if "fast_beam" in method:
+            nbests = lat.nbest(lat.fast_beam_search_lattice(model, out, lens, lat.FastBeamSearchConfig()))
+        else:
+            nbests = modified_beam_search(model, out, lens, 4)
+        for n, nbest in enumerate(nbests):
+            scores = []
+            for hyp in nbest:
+                y = torch.tensor([hyp.tokens], dtype=torch.int64)
+                logits = model.las(out[n : n + 1], lens[n : n + 1], y, torch.tensor([y.size(1)]))
+                log_probs = logits[0].log_softmax(-1)
+                scores.append(sum(float(p[k]) for p, k in zip(log_probs, [*hyp.tokens, 1])))
+            yield LetterTokenizer().decode(nbest[scores.index(max(scores))].tokens).split()
+
+
+def test_beam_search_runs_once_for_both_passes(monkeypatch, two_pass, batches):
+    calls = []
+    monkeypatch.setattr(
+        evaluate, "modified_beam_search", lambda *args: calls.append(args) or modified_beam_search(*args)
+    )
+    decoder = make_decoder(two_pass, batches, options=weighted(0.5))
+    assert len(list(decoder.decode([RESCORE[0], "modified_beam_search"]))) == 2
+    assert len(calls) == len(batches)
+
+
+@pytest.mark.parametrize("method", RESCORE)
+def test_tuning_sees_the_lists_that_decoding_chooses_from(two_pass, batches, method):
+    if "fast_beam" in method:
+        pytest.importorskip("k2", reason="lattices need k2")
+    options = weighted(0.5, 0.3, rescore_nbest=3)
+    decoder = make_decoder(two_pass, batches, options=options)
+    pairs = list(decoder.scored_nbests(method))
+    (result,) = decoder.decode([method])
+    assert max(len(nbest.hyps) for nbest, _ in pairs) == 3
+    best = [decoder.words(nbest.best(options.weights[method]).tokens) for nbest, _ in pairs]
+    assert [(ref, hyp) for (_, ref), hyp in zip(pairs, best)] == [(r, h) for _, r, h in result.utterances]
 
 
 def test_settings_name_what_a_method_uses():
@@ -114,6 +201,11 @@ def test_settings_name_what_a_method_uses():
     assert offline.suffix("fast_beam_search_nbest_oracle") == (
         "beam-20.0-max-contexts-8-max-states-64-num-paths-50-nbest-scale-0.5"
     )
+    rescored = weighted(0.25, 1.0, rescore_nbest=10)
+    assert rescored.of(RESCORE[0]) == {**rescored.of_nbest(RESCORE[0]), "mu": 0.25, "length_weight": 1.0,
+                                       "tuned_on": "dev"}  # fmt: skip
+    assert rescored.suffix(RESCORE[0]) == "beam-size-4-rescore-nbest-10-mu-0.25-length-weight-1.0"
+    assert rescored.of_nbest(RESCORE[1]) == {**rescored.of("fast_beam_search_nbest"), "rescore_nbest": 10}
 
 
 def test_methods_that_cannot_work_are_refused_at_once(build_model):
@@ -123,3 +215,11 @@ def test_methods_that_cannot_work_are_refused_at_once(build_model):
     with pytest.raises(UserError, match="streaming_greedy_search needs a chunk size.*--chunk-size"):
         evaluate.check_methods(["streaming_greedy_search"], build_model(), offline, CPU)
     evaluate.check_methods(["greedy_search", "modified_beam_search"], build_model("lstm"), offline, CPU)
+    with pytest.raises(
+        UserError, match="modified_beam_search_las_rescore needs a LAS.*model.las.enabled=false"
+    ):
+        evaluate.check_methods(["greedy_search", RESCORE[0]], build_model(), offline, CPU)
+
+
+def test_a_model_with_a_las_may_be_rescored(two_pass):
+    evaluate.check_methods([RESCORE[0]], two_pass, evaluate.SearchOptions(), CPU)

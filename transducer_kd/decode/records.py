@@ -27,12 +27,13 @@ class Record:
     chunk_size: int  # encoder frames (40 ms); 0 offline
     left_context: int  # encoder frames; of streaming mode
     checkpoint: str  # which weights: "epoch-7-avg-2-use-averaged-model"
-    params_deployed: int  # encoder, decoder, joiner (and LAS, where one is used)
+    params_deployed: int  # encoder, decoder, joiner; and the LAS where the method has a second pass
     bytes: int  # of the deployed parameters as float32; quantised files are smaller
     test_set: str
     num_utts: int
     method: str
-    parameters: Dict[str, Any]  # of the method: beam_size, num_paths, ...
+    parameters: Dict[str, Any]  # of the method: beam_size, num_paths, mu, ...
+    recogs: str  # file with references and hypotheses, relative to the folder of metrics.json
     wer: float  # per cent
     wer_low: float  # 95% bootstrap interval over utterances, per cent
     wer_high: float
