@@ -17,7 +17,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENTS = {".venv": "k2", ".venv-modern": "modern"}
-STAGES = ["corpus and manifests", "features and BPE", "teacher", "decode"]
+TRAINED = ["teacher", "teacher_las", "student", "student_control", "student_las", "student_las_control"]
+TRAINED += ["finetune", "finetune_control"]
+STAGES = ["corpus and manifests", "features and BPE", *TRAINED]
 EXP = "egs/librispeech/two_pass/exp/synthetic-smoke"
 DATA = "egs/librispeech/data/synthetic-smoke"
 
@@ -69,11 +71,11 @@ def project(tmp_path_factory) -> Project:
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory) -> Project:
-    """A copy in which stages 0 to 6 have run."""
+    """A copy in which stages 0 to 6 have run, with the control arms."""
     project = Project(copy_project(tmp_path_factory.mktemp("smoke") / "project"))
     if not project.environment:
         pytest.skip("run.sh needs an environment made by tools/setup.sh; these tests run in another one")
-    project.output = project.run("--stage", "0", "--stop-stage", "6")
+    project.output = project.run("--stage", "0", "--stop-stage", "6", "--controls", "1")
     return project
 
 
@@ -81,23 +83,49 @@ class TestWholeRun:
     """In this order: the later tests go on from what the earlier ones left."""
 
     def test_all_stages_run_and_the_results_table_is_printed(self, smoke):
-        assert smoke.stages() == [*STAGES, "report"]
-        for word in ("Stage 3: not there yet", "test-clean WER", "greedy_search", "modified_beam_search"):
+        stages = smoke.stages()
+        assert stages[: len(STAGES)] == STAGES and stages[-1] == "report"
+        assert sorted(stages[len(STAGES) : -1]) == sorted(f"decode {phase}" for phase in TRAINED)
+        for word in ("test-clean", "las_rescore", "greedy_search", "modified_beam_search"):
             assert word in smoke.output
         assert ("fast_beam_search_nbest_oracle" in smoke.output) == (smoke.environment == "k2")
         assert ("no k2 in this environment" in smoke.output) == (smoke.environment == "modern")
 
     def test_records_report_and_logs_are_where_they_should_be(self, smoke):
-        records = json.loads((smoke.exp / "teacher" / "metrics.json").read_text())
+        records = json.loads((smoke.exp / "finetune" / "metrics.json").read_text())
         assert {r["test_set"] for r in records} == {"test-clean", "test-other"}
         methods = {r["method"] for r in records}
         assert {"greedy_search", "modified_beam_search"} <= methods
+        assert sum("las_rescore" in method for method in methods) == 1
         for record in records:
             assert record["corpus"] == "synthetic" and record["scale"] == "smoke"
             assert record["ref_words"] > 0 and record["params_deployed"] > 0
         for name in ("report.html", "report.json", "RESULTS.md", "log/stage-2-teacher.log"):
             assert (smoke.exp / name).stat().st_size > 0, name
         assert not (smoke.root / "egs/librispeech/two_pass/RESULTS.md").exists()
+
+    def test_freezing_the_first_pass_keeps_its_results_to_the_letter(self, smoke):
+        """Stage 4 trains the LAS alone: what the transducer recognises may not change in a single word."""
+        for before, after in (("teacher", "teacher_las"), ("student", "student_las")):
+            records = [
+                json.loads((smoke.exp / phase / "metrics.json").read_text()) for phase in (before, after)
+            ]
+            texts = [
+                {(r["test_set"], r["method"]): (smoke.exp / phase / r["recogs"]).read_text() for r in own}
+                for phase, own in zip((before, after), records)
+            ]
+            assert texts[0] and all(texts[1][key] == text for key, text in texts[0].items())
+
+    def test_each_phase_knows_whose_weights_it_began_with_and_who_taught_it(self, smoke):
+        def origins(phase):
+            found = json.loads((smoke.exp / phase / "meta.json").read_text())["origins"]
+            return {name: Path(origin["path"]).name for name, origin in found.items()}
+
+        assert origins("teacher") == origins("student_control") == {}
+        assert origins("teacher_las") == {"init": "teacher"} and origins("student") == {"teacher": "teacher"}
+        assert origins("student_las") == {"init": "student", "teacher": "teacher_las"}
+        assert origins("finetune") == {"init": "student_las", "teacher": "teacher_las"}
+        assert origins("finetune_control") == {"init": "student_las_control"}
 
     def test_features_and_bpe_are_those_of_the_smoke_corpus(self, smoke):
         tokens = (smoke.root / DATA / "lang_bpe_60" / "tokens.txt").read_text().splitlines()
@@ -106,8 +134,8 @@ class TestWholeRun:
 
     def test_the_same_command_again_only_makes_the_report(self, smoke):
         before = smoke.stages()
-        output = smoke.run()
-        assert output.count("done already") == 4
+        output = smoke.run("--controls", "1")
+        assert output.count("done already") == 2 + 2 * len(TRAINED)
         assert smoke.stages() == [*before, "report"]
 
     def test_one_stage_alone_runs_alone_and_force_runs_it_though_it_is_done(self, smoke):
@@ -119,10 +147,18 @@ class TestWholeRun:
 
     def test_another_setting_trains_anew_and_keeps_the_old_model(self, smoke):
         before = smoke.stages()
-        settings = ("--stop-stage", "2", "--set", "train.max_steps=6", "--set", "train.save_every=100")
+        settings = (
+            "--stop-stage",
+            "3",
+            "--set",
+            "teacher:train.max_steps=6",
+            "--set",
+            "teacher:train.save_every=100",
+        )
         output = smoke.run(*settings)
         assert "Stage 2: teacher: its options changed" in output
-        assert smoke.stages() == [*before, "teacher"]
+        # Who began with its weights, or learnt from it, is of another teacher now.
+        assert smoke.stages() == [*before, "teacher", "teacher_las", "student"]
         kept = [d for d in smoke.exp.iterdir() if d.name.startswith("teacher.old-")]
         assert len(kept) == 1 and (kept[0] / "metrics.json").exists()
         config = json.loads((smoke.exp / "teacher" / "config.json").read_text())
@@ -130,10 +166,18 @@ class TestWholeRun:
         assert "Stage 2: teacher: done already" in smoke.run(*settings)
 
     def test_a_model_trained_anew_is_decoded_anew(self, smoke):
-        options = ("--stage", "6", "--set", "train.max_steps=6", "--set", "train.save_every=100")
+        options = (
+            "--stage",
+            "6",
+            "--set",
+            "teacher:train.max_steps=6",
+            "--set",
+            "teacher:train.save_every=100",
+        )
         before = smoke.stages()
         smoke.run(*options)
-        assert smoke.stages() == [*before, "decode", "report"]
+        decoded = [f"decode {phase}" for phase in ("teacher", "teacher_las", "student")]
+        assert smoke.stages() == [*before, *decoded, "report"]
 
     def test_a_stage_that_was_stopped_says_so_and_goes_on(self, smoke):
         long = ("--stage", "2", "--stop-stage", "2", "--set", "train.max_steps=100000")
@@ -234,6 +278,13 @@ def test_channel_and_text_norm_reach_the_manifests(project, tmp_path):
     manifests = next(line for line in lines if "prepare_manifests.py" in line)
     assert "--channel 1" in manifests and "--text-norm none" in manifests
     assert "--text-norm none" in next(line for line in lines if "prepare_lang.py" in line)
+
+
+def test_a_setting_for_a_phase_that_is_not_there_is_an_error(project):
+    if not project.environment:
+        pytest.skip("run.sh needs an environment made by tools/setup.sh; these tests run in another one")
+    output = project.run("--set", "studnet:optim.lr=1", status=1)
+    assert "--set studnet:optim.lr=1: no such phase" in output and "student_las" in output
 
 
 def test_a_misspelt_setting_is_an_error_before_the_first_stage(project):
