@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from transducer_kd.config import DecoderConfig, EncoderConfig, LossConfig, ModelConfig, SpecAugmentConfig
-from transducer_kd.data.batch import Batch
 from transducer_kd.losses.rnnt_reference import rnnt_loss_reference
 from transducer_kd.models.spec_augment import SpecAugment
 from transducer_kd.models.transducer import Transducer
@@ -24,19 +23,8 @@ def build(loss, chunk_size=0, augment=False):
     return TransducerObjective(model, loss, SpecAugment(SpecAugmentConfig(enabled=augment)))
 
 
-def make_batch(lens=(61, 90, 47), token_lens=(4, 7, 2), extra_frames=0, extra_tokens=0):
-    generator = torch.Generator().manual_seed(1)
-    features = torch.full((len(lens), max(lens) + extra_frames, 80), -23.026)
-    y = torch.zeros(len(lens), max(token_lens) + extra_tokens, dtype=torch.int64)
-    for i, (t, u) in enumerate(zip(lens, token_lens)):
-        features[i, :t] = torch.randn(t, 80, generator=generator) * 3 - 8
-        y[i, :u] = torch.randint(3, VOCAB, (u,), generator=generator)
-    names = [f"cut-{i}" for i in range(len(lens))]
-    return Batch(features, torch.tensor(lens), y, torch.tensor(token_lens), names, names)
-
-
 @pytest.mark.parametrize("chunk_size", [0, 4])
-def test_padding_a_batch_never_changes_an_utterance(chunk_size):
+def test_padding_a_batch_never_changes_an_utterance(chunk_size, make_batch):
     objective = build(LossConfig(ctc_weight=0.5, am_scale=0.0), chunk_size).eval()
     together, padded = make_batch(), make_batch(extra_frames=37, extra_tokens=5)
     alone = [make_batch((61,), (4,))]
@@ -49,7 +37,7 @@ def test_padding_a_batch_never_changes_an_utterance(chunk_size):
         torch.testing.assert_close(value, objective(padded, 0).metrics[name], atol=1e-4, rtol=0)
 
 
-def test_whole_lattice_equals_the_reference():
+def test_whole_lattice_equals_the_reference(make_batch):
     """With s_range = U+1 nothing is pruned: the value is the plain transducer loss of the joiner's logits."""
     objective = build(LossConfig(s_range=8)).eval()
     batch = make_batch()
@@ -59,7 +47,7 @@ def test_whole_lattice_equals_the_reference():
     torch.testing.assert_close(done.pruned_loss, expected, atol=1e-3, rtol=1e-5)
 
 
-def test_loss_is_the_weighted_sum_of_its_terms():
+def test_loss_is_the_weighted_sum_of_its_terms(make_batch):
     loss = LossConfig(warm_step=10, simple_loss_scale=0.4, ctc_weight=0.3)
     objective, batch = build(loss).train(), make_batch()
     out = objective(batch, step=5)
@@ -77,7 +65,7 @@ def test_warm_up(step, expected):
     assert warm_up_scales(step, 100, 0.5) == pytest.approx(expected)
 
 
-def test_every_parameter_is_trained():
+def test_every_parameter_is_trained(make_batch):
     objective, batch = build(LossConfig(ctc_weight=0.5)).train(), make_batch()
     objective(batch, 0).loss_sum.backward()
     untouched = [
@@ -86,7 +74,7 @@ def test_every_parameter_is_trained():
     assert untouched == []
 
 
-def test_augmentation_is_for_training_only():
+def test_augmentation_is_for_training_only(make_batch):
     objective, batch = build(LossConfig(), augment=True), make_batch()
     before = batch.features.clone()
     torch.manual_seed(0)
@@ -95,7 +83,7 @@ def test_augmentation_is_for_training_only():
     assert float(objective.eval()(batch, 0).loss_sum) == float(objective.eval()(batch, 9).loss_sum)
 
 
-def test_picture_of_the_pruning_ranges():
+def test_picture_of_the_pruning_ranges(make_batch):
     objective, batch = build(LossConfig(s_range=3)).eval(), make_batch()
     picture = objective.images(batch, 0)["pruning_ranges"]
     assert picture.shape == (5, ((61 - 1) // 2 - 1) // 2)

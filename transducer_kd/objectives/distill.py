@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, Dict, Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from transducer_kd.config import DistillConfig, LossConfig
@@ -93,7 +92,7 @@ class DistillObjective(TransducerObjective):
             occupancies = self._teacher_occupancies(taught, batch)
 
             def guide(num_frames: int) -> Grads:
-                return _shifted(occupancies, self.distill.frame_shift, num_frames)
+                return _shifted(occupancies, self.distill.frame_shift, num_frames, taught.encoder_out_lens)
 
         x = self.spec_augment(batch.features, batch.feature_lens)
         done = self.transducer_pass(x, batch, guide=guide)
@@ -130,7 +129,7 @@ class DistillObjective(TransducerObjective):
                 passed, kept = teacher_logits, ranges
                 if shift or not torch.equal(lens, done.encoder_out_lens):
                     # Shifted or cut, the student's windows may leave the teacher no path from start to end.
-                    own = _shifted(done.occupancies, -shift, logits.shape[1])
+                    own = _shifted(done.occupancies, -shift, logits.shape[1], done.encoder_out_lens)
                     kept = pruned_rnnt.prune_ranges(*own, boundary, self.loss.s_range)
                     passed = self._teacher_logits(teacher_out, taught.decoder_out, kept)
                 occupancy = kd.node_occupancy(passed, batch.y, kept, boundary)
@@ -210,8 +209,13 @@ def _every_node(joiner: Any, am: torch.Tensor, lm: torch.Tensor) -> torch.Tensor
     return joiner(am[:, :, None].expand(shape), lm[:, None].expand(shape), project_input=False)
 
 
-def _shifted(occupancies: Grads, shift: int, num_frames: int) -> Grads:
-    """Both (N,...,T') moved `shift` frames later (negative: earlier), then cut or filled with zeros to
-    `num_frames`."""
-    px, py = (F.pad(o, (shift, num_frames - o.shape[-1] - shift)) for o in occupancies)
+def _shifted(occupancies: Grads, shift: int, num_frames: int, lens: torch.Tensor) -> Grads:
+    """Both (N,...,T') moved `shift` frames later (negative: earlier), cut or continued to `num_frames`.
+
+    Before its first frame and after its last (lens (N,)) an utterance keeps what it has there: pruning bounds
+    never fall, so that the bounds of frames without occupancies, u = 0, would be those of all before them.
+    """
+    frames = torch.arange(num_frames, device=lens.device) - shift
+    frames = torch.minimum(frames, lens[:, None] - 1).clamp(min=0)[:, None]  # (N,1,num_frames)
+    px, py = (o.gather(2, frames.expand(-1, o.shape[1], -1)) for o in occupancies)
     return px, py
