@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Turn what the phases of one experiment folder left behind into tables, figures and pages.
 
-Reads metrics.json, train_log.jsonl, config.json and meta.json of every phase, and stages.jsonl. Writes
-<exp-dir>/report.json and <exp-dir>/report.html (one file, nothing to load), renews the section of this corpus
-and scale in RESULTS.md, and prints the results table.
+Reads metrics.json, train_log.jsonl, config.json and meta.json of every phase, and stages.jsonl, and compares
+the phases' recogs files by paired bootstrap. Writes <exp-dir>/report.json and <exp-dir>/report.html (one
+file, nothing to load), renews the section of this corpus and scale in RESULTS.md, and prints the main tables.
 """
 
 import argparse
@@ -42,27 +42,23 @@ def main() -> None:
     args = get_args()
     setup_logging()
     # Imported late: --help should not wait for matplotlib.
-    from transducer_kd.report import collect, html, tables
+    from transducer_kd.decode.compare import comparisons
+    from transducer_kd.report import collect, html, tables, text
 
     exp_dir = args.exp_dir.absolute()
     report = collect.collect(exp_dir, args.corpus_json)
+    report["comparisons"], not_compared = comparisons(exp_dir, report["phases"], report["records"])
+    report["missing"] += not_compared
     command = tables.relative(shlex.join(sys.argv))
     write_json(exp_dir / "report.json", report)
     with atomic_write(exp_dir / "report.html") as f:
         f.write(html.render(report, f"Made on {time.strftime('%Y-%m-%d %H:%M')} by {command}"))
     if str(args.results) != "none":
-        tables.update_results(args.results or exp_dir.parent.parent / "RESULTS.md", report, command)
+        text.update_results(args.results or exp_dir.parent.parent / "RESULTS.md", report, command)
     if args.readme:
-        tables.update_block(args.readme, report)
+        text.update_block(args.readme, report)
 
-    print(f"\n{report['recipe']}: {report['corpus']}, {report['scale']}")
-    if report["is_synthetic"]:
-        print(f"** {tables.SYNTHETIC_WARNING} **")
-    if report["records"]:
-        print("Word error rates with 95 % bootstrap intervals:")
-        print(tables.terminal_table(tables.results_rows(report)))
-    for note in tables.notes(report):
-        print(note)
+    print("\n" + text.terminal_report(report))
     for item in report["missing"]:
         print(f"missing: {item}")
     print(f"Page: {tables.relative(str(exp_dir))}/report.html")

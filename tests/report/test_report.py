@@ -10,51 +10,21 @@ from xml.etree import ElementTree
 import pytest
 
 from transducer_kd.log import UserError
-from transducer_kd.report import collect, html, plots, tables
+from transducer_kd.report import collect, html, plots, tables, text
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def record(phase="teacher", test_set="test-clean", method="greedy_search", wer=5.0, **changes):
-    made = {
-        "recipe": "two_pass", "corpus": "synthetic", "scale": "mini", "phase": phase, "mode": "offline",
-        "params_deployed": 1_750_000, "bytes": 7_000_000, "test_set": test_set, "method": method,
-        "wer": wer, "wer_low": wer - 1.25, "wer_high": wer + 1.5, "errors": 200, "ref_words": 4000,
-        "audio_s": 1200.0, "decode_s": 10.0, "commit": "abc123", "command": f"{ROOT}/local/decode.py",
-    }  # fmt: skip
-    return {**made, **changes}
-
-
-TRAIN_LOG = [
-    {"kind": "train", "step": 50, "epoch": 1, "loss": 4.0, "audio_s_per_s": 100.0, "elapsed_s": 10.0},
-    {"kind": "train", "step": 100, "epoch": 2, "loss": 0.25, "audio_s_per_s": 200.0, "elapsed_s": 40.0},
-    {"kind": "valid", "step": 50, "epoch": 1, "loss": 0.5, "wer": 40.0},
-    {"kind": "valid", "step": 100, "epoch": 2, "loss": 0.75, "wer": 30.0},
-]
-
-
-def write_lines(path, values):
-    path.write_text("".join(json.dumps(v) + "\n" for v in values))
-
-
-def write_phase(exp_dir, name, records):
-    folder = exp_dir / name
-    folder.mkdir(parents=True)
-    (folder / "metrics.json").write_text(json.dumps(records))
-    (folder / "config.json").write_text(json.dumps({"corpus": "synthetic", "scale": "mini"}))
-    meta = {"commit": "abc123", "command": "local/train.py", "parameters": {"deployed": 5}}
-    meta["versions"] = {"torch": "1.13.1"}
-    (folder / "meta.json").write_text(json.dumps(meta))
-    write_lines(folder / "train_log.jsonl", TRAIN_LOG)
-    return folder
+sys.path.insert(0, str(Path(__file__).parent))
+from made_up import ROOT, record, write_lines, write_phase  # noqa: E402
 
 
 @pytest.fixture
 def exp_dir(tmp_path):
     root = tmp_path / "two_pass" / "exp" / "synthetic-mini"
     small = {"phase": "student", "params_deployed": 500_000}
-    write_phase(root, "student", [record(wer=8.0, **small), record(test_set="test-other", **small)])
-    write_phase(root, "teacher", [record(), record(test_set="test-other", method="beam", wer=9.0)])
+    taught = {"teacher": {"kind": "exp_dir", "exp_dir": "exp/synthetic-mini/teacher"}}
+    student = [record(wer=8.0, **small), record(test_set="test-other", **small)]
+    write_phase(root, "student", student, 500_000, **taught)
+    teacher = [record(), record(test_set="test-other", method="beam", wer=9.0)]
+    write_phase(root, "teacher", teacher, 1_750_000)
     stages = [(2, "teacher", 99.0), (0, "data", 5.0), (2, "teacher", 60.0), (2, "teacher again", 3.0)]
     write_lines(root / "stages.jsonl", [{"stage": s, "name": n, "seconds": t} for s, n, t in stages])
     return root
@@ -63,7 +33,7 @@ def exp_dir(tmp_path):
 # Collecting
 
 
-def test_collects_phases_by_size_and_the_newest_stage_times(exp_dir):
+def test_collects_phases_and_the_newest_stage_times(exp_dir):
     report = collect.collect(exp_dir)
     assert (report["recipe"], report["corpus"], report["scale"]) == ("two_pass", "synthetic", "mini")
     assert report["is_synthetic"]
@@ -102,7 +72,7 @@ def test_missing_pieces_are_named_and_old_runs_are_left_out(exp_dir):
     assert [p["name"] for p in report["phases"]] == ["teacher", "student"]
     page = html.render(report, "made by a test")
     assert "student has not been decoded" in page and "99.00" not in page
-    assert "; phase student has not been decoded" in tables.markdown_section(report)
+    assert "; phase student has not been decoded" in text.markdown_section(report)
 
 
 def test_undecoded_phase_alone_is_a_report_too(tmp_path):
@@ -138,6 +108,7 @@ def test_corpus_description_is_found_beside_the_features(exp_dir, tmp_path):
         (json.dumps([{k: v for k, v in record().items() if k != "errors"}]), "errors is None"),
         (json.dumps([record()]).replace("1200.0", "NaN"), "audio_s is nan"),
         (json.dumps([record()]).replace("1750000", "true"), "params_deployed is True"),
+        (json.dumps([record(second_pass_s="long")]), "second_pass_s is 'long'"),
     ],
 )
 def test_damaged_metrics_name_the_file_and_the_field(exp_dir, content, told):
@@ -187,19 +158,6 @@ def test_results_have_a_column_per_test_set_and_a_gap_where_one_was_not_decoded(
     assert rows[3][4:] == ["8.00 [6.75, 9.50]", "5.00 [3.75, 6.50]", "120"]
 
 
-def test_headline_prefers_greedy_search():
-    records = [
-        record(method="beam", wer=1.0),
-        record(method="greedy_search", wer=2.0),
-        record("other", method="beam"),
-    ]
-    found = tables.headline({"records": records})
-    assert [(who, by_set["test-clean"]["wer"]) for who, by_set in found] == [
-        (("teacher", "offline"), 2.0),
-        (("other", "offline"), 5.0),
-    ]
-
-
 def test_notes_warn_of_oracles_and_of_mixed_or_dirty_code():
     assert tables.notes({"records": [record()]}) == []
     assert tables.ORACLE_NOTE in tables.notes({"records": [record(method="fast_beam_search_nbest_oracle")]})
@@ -210,28 +168,33 @@ def test_notes_warn_of_oracles_and_of_mixed_or_dirty_code():
 
 def test_terminal_and_markdown_tables():
     rows = [["name", "WER %"], ["a|b", "1.5"], ["c", "10.25"]]
-    assert tables.terminal_table(rows) == "name  WER %\n-----------\na|b     1.5\nc     10.25"
-    assert tables.markdown_table(rows) == "| name | WER % |\n|---|---|\n| a\\|b | 1.5 |\n| c | 10.25 |"
+    assert text.terminal_table(rows) == "name  WER %\n-----------\na|b     1.5\nc     10.25"
+    long = [["name", "rate of all sets"], ["a", "+1.5"], ["b", "-10"]]
+    assert (
+        text.terminal_table(long)
+        == "      rate\n        of\n       all\nname  sets\n----------\na     +1.5\nb      -10"
+    )
+    assert text.markdown_table(rows) == "| name | WER % |\n|---|---|\n| a\\|b | 1.5 |\n| c | 10.25 |"
 
 
 def test_results_md_keeps_the_sections_of_other_corpora(exp_dir, tmp_path):
     path = tmp_path / "RESULTS.md"
     report = collect.collect(exp_dir)
-    tables.update_results(
+    text.update_results(
         path, {**report, "corpus": "librispeech", "scale": "small", "is_synthetic": False}, "one"
     )
-    tables.update_results(path, report, "two")
+    text.update_results(path, report, "two")
     first = path.read_text()
     report["records"][0]["wer"] = 77.0
-    tables.update_results(path, report, "three")
-    text = path.read_text()
-    assert text.startswith("<!-- generated by local/report.py") and "```sh\nthree\n```" in text
-    assert text.count("## synthetic, mini") == text.count("## librispeech, small") == 1
-    assert text.count(tables.SYNTHETIC_WARNING) == 1
-    assert "77.00" in text and "77.00" not in first
+    text.update_results(path, report, "three")
+    last = path.read_text()
+    assert last.startswith("<!-- generated by local/report.py") and "```sh\nthree\n```" in last
+    assert last.count("## synthetic, mini") == last.count("## librispeech, small") == 1
+    assert last.count(tables.SYNTHETIC_WARNING) == 1
+    assert "77.00" in last and "77.00" not in first
     begin = "<!-- begin librispeech-small -->"
-    assert first.split(begin)[1].split("<!-- end")[0] == text.split(begin)[1].split("<!-- end")[0]
-    assert str(ROOT) not in text  # commands read the same in another checkout
+    assert first.split(begin)[1].split("<!-- end")[0] == last.split(begin)[1].split("<!-- end")[0]
+    assert str(ROOT) not in last  # commands read the same in another checkout
 
 
 def test_files_of_others_are_not_overwritten(exp_dir, tmp_path):
@@ -239,28 +202,30 @@ def test_files_of_others_are_not_overwritten(exp_dir, tmp_path):
     path = tmp_path / "RESULTS.md"
     path.write_text("# My own results\n")
     with pytest.raises(UserError, match="not made by local/report.py"):
-        tables.update_results(path, report, "")
+        text.update_results(path, report, "")
     assert path.read_text() == "# My own results\n"
-    tables.update_results(tmp_path / "made.md", report, "")
+    text.update_results(tmp_path / "made.md", report, "")
     damaged = (tmp_path / "made.md").read_text().replace("<!-- end synthetic-mini -->", "")
     (tmp_path / "made.md").write_text(damaged)
     with pytest.raises(UserError, match="damaged section marks"):
-        tables.update_results(tmp_path / "made.md", report, "")
+        text.update_results(tmp_path / "made.md", report, "")
 
 
 def test_readme_block_is_renewed_and_the_rest_kept(exp_dir, tmp_path):
     report = collect.collect(exp_dir)
     path = tmp_path / "README.md"
     path.write_text("before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n")
-    tables.update_block(path, report)
+    text.update_block(path, report)
     once = path.read_text()
-    tables.update_block(path, report)
+    text.update_block(path, report)
     assert path.read_text() == once
     assert once.startswith("before\n<!--") and once.endswith("-->\nafter\n") and "\nold\n" not in once
-    assert "5.00 [3.75, 6.50]" in once and tables.SYNTHETIC_WARNING in once
+    row = "| student | - | 8.00 | 5.00 | 0.50 M | 2.0 | 71.4 % | 120 |"
+    assert row in once and tables.SYNTHETIC_WARNING in once
+    assert "[3.75, 6.50]" not in once  # every method's interval is too much for a README
     (tmp_path / "plain.md").write_text("no marks")
     with pytest.raises(UserError, match="results:begin"):
-        tables.update_block(tmp_path / "plain.md", report)
+        text.update_block(tmp_path / "plain.md", report)
 
 
 # The page
@@ -278,14 +243,14 @@ def test_page_is_self_contained_and_labels_synthetic_speech(exp_dir):
 
 def test_every_figure_is_svg_with_live_text_and_the_colours_of_the_page(exp_dir):
     found = plots.figures(collect.collect(exp_dir))
-    assert [title for title, _, _ in found] == [
+    assert [figure.title for figure in found] == [
         "Word error rate against size",
         "Word error rate by decoding method",
         "Learning curves: teacher",
         "Learning curves: student",
         "Time of each stage",
     ]
-    for _, svg, _ in found:
+    for _, svg, *_ in found:
         root = ElementTree.fromstring(svg)
         assert root.tag.endswith("svg") and "viewBox" in root.attrib and "width" not in root.attrib
         assert "currentColor" in svg and "#010203" not in svg and "#040506" not in svg
@@ -309,10 +274,23 @@ def run_program(*arguments):
 def test_program_writes_all_files_and_prints_the_table(exp_dir):
     done = run_program("--exp-dir", exp_dir)
     assert done.returncode == 0, done.stderr
-    assert tables.SYNTHETIC_WARNING in done.stdout and "5.00 [3.75, 6.50]" in done.stdout
+    assert tables.SYNTHETIC_WARNING in done.stdout
+    assert re.search(r"^student +8\.00 +5\.00 +0\.50 M +2\.0 +71\.4 % +120$", done.stdout, re.MULTILINE)
+    assert "missing: paired comparisons: the records of phase teacher name no recogs file" in done.stdout
     assert json.loads((exp_dir / "report.json").read_text())["records"][0]["wer"] == 5.0
     assert (exp_dir / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert "## synthetic, mini" in (exp_dir.parent.parent / "RESULTS.md").read_text()
+
+
+def test_one_phase_is_shown_method_by_method(exp_dir, tmp_path):
+    (exp_dir / "student").rename(exp_dir / "student.old-20260101-000000")
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- results:begin -->\n<!-- results:end -->")
+    done = run_program("--exp-dir", exp_dir, "--readme", readme, "--results", "none")
+    assert done.returncode == 0, done.stderr
+    assert "5.00 [3.75, 6.50]" in done.stdout and "side by side" not in done.stdout
+    assert "5.00 [3.75, 6.50]" in readme.read_text() and "smaller than" not in readme.read_text()
+    assert "Systems side by side" not in (exp_dir / "report.html").read_text()
 
 
 def test_program_reports_a_damaged_file_in_one_line(exp_dir):

@@ -9,8 +9,10 @@
 The result is one plain dict, which is also what report.json holds:
 
     {"recipe", "corpus", "scale", "is_synthetic",
-     "phases":  [{"name", "params_deployed", "config", "meta", "training": {...} or None}],
+     "phases":  [{"name", "params_deployed", "config", "meta", "training": {...} or None,
+                  and what phases.arrange adds: "role", "teacher", "control_of", "has_las", "what"}],
      "records": [record, ...],              every decoding of every phase, phases in the order above
+     "comparisons": [],                     paired ones, put here by who can make them (decode/compare.py)
      "stages":  [{"stage", "name", "seconds"}],
      "corpus_summary": {...} or None,       corpus.json of the synthetic corpus
      "machine": {"cpu", "cores", "memory_gb"},
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 from transducer_kd.log import UserError, read_jsonl
+from transducer_kd.report.phases import arrange
 
 # Field -> type of a record; `float` also takes ints. Anything else a record holds is kept as it is.
 RECORD_FIELDS: Dict[str, type] = {
@@ -49,6 +52,8 @@ RECORD_FIELDS: Dict[str, type] = {
     "commit": str,
     "command": str,
 }
+# May be missing, or null.
+OPTIONAL_FIELDS: Dict[str, type] = {"second_pass_s": float, "recogs": str}
 
 _MAX_CURVE_POINTS = 400  # a figure shows no more, and report.html stays small
 
@@ -72,14 +77,14 @@ def collect(exp_dir: Path, corpus_json: Optional[Path] = None) -> Dict[str, Any]
     for folder in folders:
         phase = _read_phase(folder, missing)
         own = read_records(folder / "metrics.json")
-        if own:
-            phase["params_deployed"] = own[-1]["params_deployed"]
-        else:
+        if not own:
             missing.append(f"phase {folder.name} has not been decoded (no metrics.json)")
+        if phase["params_deployed"] is None:
+            # A method that leaves the second pass out deploys less than the phase holds.
+            phase["params_deployed"] = max((r["params_deployed"] for r in own), default=None)
         phases.append(phase)
         records.extend({**record, "phase": folder.name} for record in own)
-    # Large models first: teachers before students.
-    phases.sort(key=lambda p: (-(p["params_deployed"] or 0), p["name"]))
+    phases = arrange(phases)
     order = [p["name"] for p in phases]
     records.sort(key=lambda r: order.index(r["phase"]))
     stages = _read_stages(exp_dir / "stages.jsonl")
@@ -97,6 +102,7 @@ def collect(exp_dir: Path, corpus_json: Optional[Path] = None) -> Dict[str, Any]
         "is_synthetic": is_synthetic,
         "phases": phases,
         "records": records,
+        "comparisons": [],
         "stages": stages,
         "corpus_summary": summary,
         "machine": machine(),
@@ -115,7 +121,8 @@ def read_records(path: Path) -> List[Dict[str, Any]]:
         where = f"{path}: record {number}"
         if not isinstance(record, dict):
             raise UserError(f"{where} is not an object; move the file away and decode again")
-        for name, kind in RECORD_FIELDS.items():
+        optional = {name: OPTIONAL_FIELDS[name] for name in OPTIONAL_FIELDS if record.get(name) is not None}
+        for name, kind in {**RECORD_FIELDS, **optional}.items():
             value = record.get(name)
             accepted = (int, float) if kind is float else kind
             if not isinstance(value, accepted) or isinstance(value, bool):

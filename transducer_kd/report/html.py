@@ -5,7 +5,7 @@ from typing import Any, Dict, List
 
 import jinja2
 
-from transducer_kd.report import plots, tables
+from transducer_kd.report import plots, systems, tables
 
 _TEMPLATE = Path(__file__).with_name("template.html")
 
@@ -20,6 +20,11 @@ def render(report: Dict[str, Any], made: str) -> str:
         warning=tables.SYNTHETIC_WARNING,
         cards=_cards(report),
         notes=tables.notes(report),
+        side_by_side=systems.side_by_side_rows(report) if len(report["phases"]) > 1 else [],
+        side_by_side_notes=systems.side_by_side_notes(report),
+        comparisons=systems.comparison_tables(report, is_short=True),
+        all_comparisons=systems.comparison_tables(report),
+        comparison_note=systems.COMPARISON_NOTE,
         results=tables.results_rows(report),
         details=tables.detail_rows(report),
         training=tables.training_rows(report),
@@ -33,11 +38,12 @@ def render(report: Dict[str, Any], made: str) -> str:
 
 
 def _cards(report: Dict[str, Any]) -> List[Dict[str, Any]]:
-    """The few numbers that a reader wants first: one card per phase and mode with its greedy WERs."""
+    """The few numbers that a reader wants first: one card per system with its best method's WERs."""
     cards = []
-    for (phase, mode), by_set in tables.headline(report):
+    for system in systems.key_systems(report):
+        by_set, phase = system["headline"], system["phase"]
         some = next(iter(by_set.values()))
         rates = [(name, f"{r['wer']:.2f}") for name, r in by_set.items()]
-        about = f"{tables.millions(some['params_deployed'])}, {some['method']}"
-        cards.append({"label": f"{phase}, {mode}", "rates": rates, "about": about})
+        about = [tables.millions(some["params_deployed"]), some["method"], phase["role"], some["mode"]]
+        cards.append({"label": phase["name"], "rates": rates, "about": ", ".join(filter(None, about))})
     return cards

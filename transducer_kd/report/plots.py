@@ -6,7 +6,7 @@ marker colours that are replaced by CSS ones in the end, so that one picture ser
 
 import io
 import re
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from transducer_kd.report import tables
+from transducer_kd.report.systems import systems
 
 # Marker colours -> what the page draws.
 _INK, _FAINT = "#010203", "#040506"
@@ -49,63 +50,112 @@ _STYLE = {
 }
 
 _SIZE_TEXT = (
-    "Greedy search, with 95 % intervals; deployed parameters. Models of one size are drawn side by side."
+    "Each system's best method, rescored where there is a LAS, with 95 % intervals; all parameters that this "
+    "runs. Squares are teachers, crosses controls, a control in the colour of what it controls; triangles "
+    "stream. Models of one size are drawn side by side."
+)
+_PASS_TEXT = (
+    "Of each system above the first pass, below what the LAS makes of its n-best lists (strong colour), with "
+    "95 % intervals. Hollow: the oracle of the same lists, a bound. Squares are teachers, crosses controls."
 )
 _METHOD_TEXT = "Points are word error rates, bars their 95 % intervals. Hollow: an oracle, which is a bound."
 _CURVE_TEXT = "Losses per encoder frame (40 ms). The WER is that of a few dev utterances, decoded greedily."
 
 
-def figures(report: Dict[str, Any]) -> List[Tuple[str, str, str]]:
-    """(title, SVG, what to see) of every figure that has data."""
+class Drawing(NamedTuple):
+    """A figure on the page."""
+
+    title: str
+    svg: str
+    text: str  # what to see
+    is_folded: bool = False  # shown on demand: with many phases the page would not end
+
+
+def figures(report: Dict[str, Any]) -> List[Drawing]:
+    """Every figure that has data."""
     found = []
+    has_many = len(report["phases"]) > 2
     with matplotlib.rc_context(_STYLE):
         if report["records"]:
-            found.append(("Word error rate against size", _svg(wer_against_size(report)), _SIZE_TEXT))
-            found.append(("Word error rate by decoding method", _svg(wer_by_method(report)), _METHOD_TEXT))
+            found.append(Drawing("Word error rate against size", _svg(wer_against_size(report)), _SIZE_TEXT))
+            if any(system["rescored"] for system in systems(report)):
+                by_pass = _svg(wer_by_pass(report))
+                found.append(Drawing("Word error rate of the first and the second pass", by_pass, _PASS_TEXT))
+            by_method = _svg(wer_by_method(report))
+            found.append(Drawing("Word error rate by decoding method", by_method, _METHOD_TEXT, has_many))
         for phase in report["phases"]:
             if phase["training"]:
-                found.append((f"Learning curves: {phase['name']}", _svg(learning_curves(phase)), _CURVE_TEXT))
+                title = f"Learning curves: {phase['name']}"
+                found.append(Drawing(title, _svg(learning_curves(phase)), _CURVE_TEXT, has_many))
         if report["stages"]:
-            found.append(("Time of each stage", _svg(stage_times(report)), ""))
+            found.append(Drawing("Time of each stage", _svg(stage_times(report)), ""))
     return found
 
 
 def wer_against_size(report: Dict[str, Any]) -> Figure:
-    """One panel per test set, one point per phase and mode."""
-    systems, sets = tables.headline(report), tables.test_sets(report)
+    """One panel per test set, one point per system that was decoded."""
+    sets = tables.test_sets(report)
     largest = max(r["params_deployed"] for r in report["records"]) / 1e6
-    figure, panels = _panels(len(sets), height=3.1)
+    figure, panels = _panels(len(sets), height=3.4)
+    legend = {}
     for panel, name in zip(panels, sets):
         sizes: List[float] = []
         highest = 0.0
-        for who, by_set in systems:
-            if name not in by_set:
+        for system in systems(report):
+            if name not in system["headline"]:
                 continue
-            r = by_set[name]
+            r = system["headline"][name]
             size = r["params_deployed"] / 1e6
             # Models of one size stand beside each other: their intervals would hide one another.
-            x = size + 0.02 * largest * sizes.count(size)
+            x = size + 0.025 * largest * sizes.count(size)
             sizes.append(size)
             highest = max(highest, r["wer_high"])
             below_above = [[max(r["wer"] - r["wer_low"], 0.0)], [max(r["wer_high"] - r["wer"], 0.0)]]
-            style = {**_point(report, *who), "capsize": 3, "label": ", ".join(who)}
-            panel.errorbar([x], [r["wer"]], yerr=below_above, **style)
+            style = {**_point(report, r["phase"], r["mode"]), "capsize": 2}
+            legend[system["label"]] = panel.errorbar([x], [r["wer"]], yerr=below_above, **style)
         # Both axes from zero: half the size, or half the errors, then looks like half.
         panel.set(
             xlim=(0, largest * 1.25), ylim=(0, highest * 1.1 or 1), title=name, xlabel="million parameters"
         )
     panels[0].set_ylabel("WER %")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=4)
+    return figure
+
+
+def wer_by_pass(report: Dict[str, Any]) -> Figure:
+    """One panel per test set, one line per system: first pass, rescored, oracle."""
+    sets = tables.test_sets(report)
+    shown = [system for system in systems(report) if system["headline"]]
+    figure, panels = _panels(len(sets), height=0.9 + 0.42 * len(shown), share_y=True)
+    for panel, name in zip(panels, sets):
+        highest = 0.0
+        for y, system in enumerate(shown):
+            is_strong = {"first": not system["rescored"], "rescored": True}
+            for part, offset in (("first", -0.15), ("rescored", 0.15), ("oracle", 0.0)):
+                r = system[part].get(name)
+                if r is None:
+                    continue
+                highest = max(highest, r["wer_high"])
+                style = _point(report, r["phase"], r["mode"])
+                if part == "oracle":
+                    panel.plot([r["wer"]], [y], **{**style, "markerfacecolor": "none"})
+                    continue
+                alpha = 1.0 if is_strong[part] else 0.45
+                span = {"color": style["color"], "linewidth": 2.2, "alpha": 0.5 * alpha}
+                panel.plot([r["wer_low"], r["wer_high"]], [y + offset] * 2, **span)
+                panel.plot([r["wer"]], [y + offset], alpha=alpha, **style)
+        panel.set_yticks(range(len(shown)), [system["label"] for system in shown])
+        panel.set(xlim=(0, highest * 1.08 or 1), ylim=(len(shown) - 0.5, -0.5), title=name, xlabel="WER %")
     return figure
 
 
 def wer_by_method(report: Dict[str, Any]) -> Figure:
     """One panel per test set, one line per phase, mode and method."""
-    systems, sets = tables.systems(report), tables.test_sets(report)
-    figure, panels = _panels(len(sets), height=0.9 + 0.26 * len(systems), share_y=True)
+    decodings, sets = tables.decodings(report), tables.test_sets(report)
+    figure, panels = _panels(len(sets), height=0.9 + 0.26 * len(decodings), share_y=True)
     for panel, name in zip(panels, sets):
         highest = 0.0
-        for y, ((phase, mode, method), by_set) in enumerate(systems):
+        for y, ((phase, mode, method), by_set) in enumerate(decodings):
             if name not in by_set:
                 continue
             r = by_set[name]
@@ -114,8 +164,10 @@ def wer_by_method(report: Dict[str, Any]) -> Figure:
             panel.plot([r["wer_low"], r["wer_high"]], [y, y], color=style["color"], linewidth=2.2, alpha=0.45)
             face = "none" if "oracle" in method else style["color"]
             panel.plot([r["wer"]], [y], markerfacecolor=face, **style)
-        panel.set_yticks(range(len(systems)), _labels([who for who, _ in systems]))
-        panel.set(xlim=(0, highest * 1.08 or 1), ylim=(len(systems) - 0.5, -0.5), title=name, xlabel="WER %")
+        panel.set_yticks(range(len(decodings)), _labels([who for who, _ in decodings]))
+        panel.set(
+            xlim=(0, highest * 1.08 or 1), ylim=(len(decodings) - 0.5, -0.5), title=name, xlabel="WER %"
+        )
     return figure
 
 
@@ -162,10 +214,14 @@ def stage_times(report: Dict[str, Any]) -> Figure:
 
 
 def _point(report: Dict[str, Any], phase: str, mode: str) -> Dict[str, Any]:
-    """How a system is drawn in all figures: a colour per phase, a shape per mode."""
-    names = [p["name"] for p in report["phases"]]
-    marker = "^" if mode == "streaming" else "o"
-    colour = _COLOURS[names.index(phase) % len(_COLOURS)]
+    """How a system is drawn in all figures: a colour per phase and its control, a shape per role and mode."""
+    owners = {p["name"]: p["control_of"] or p["name"] for p in report["phases"]}
+    role = next(p["role"] for p in report["phases"] if p["name"] == phase)
+    if mode == "streaming":
+        marker = "v" if role == "control" else "^"
+    else:
+        marker = {"teacher": "s", "control": "X"}.get(role, "o")
+    colour = _COLOURS[list(dict.fromkeys(owners.values())).index(owners[phase]) % len(_COLOURS)]
     return {"color": colour, "marker": marker, "markersize": 6, "linestyle": "none"}
 
 

@@ -1,0 +1,41 @@
+"""Invented records and phase folders for the tests of reports."""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def record(phase="teacher", test_set="test-clean", method="greedy_search", wer=5.0, **changes):
+    made = {
+        "recipe": "two_pass", "corpus": "synthetic", "scale": "mini", "phase": phase, "mode": "offline",
+        "params_deployed": 1_750_000, "bytes": 7_000_000, "test_set": test_set, "method": method,
+        "wer": wer, "wer_low": wer - 1.25, "wer_high": wer + 1.5, "errors": 200, "ref_words": 4000,
+        "audio_s": 1200.0, "decode_s": 10.0, "commit": "abc123", "command": f"{ROOT}/local/decode.py",
+    }  # fmt: skip
+    return {**made, **changes}
+
+
+TRAIN_LOG = [
+    {"kind": "train", "step": 50, "epoch": 1, "loss": 4.0, "audio_s_per_s": 100.0, "elapsed_s": 10.0},
+    {"kind": "train", "step": 100, "epoch": 2, "loss": 0.25, "audio_s_per_s": 200.0, "elapsed_s": 40.0},
+    {"kind": "valid", "step": 50, "epoch": 1, "loss": 0.5, "wer": 40.0},
+    {"kind": "valid", "step": 100, "epoch": 2, "loss": 0.75, "wer": 30.0},
+]
+
+
+def write_lines(path, values):
+    path.write_text("".join(json.dumps(v) + "\n" for v in values))
+
+
+def write_phase(exp_dir, name, records, deployed=5, **config):
+    """deployed: parameters, as meta.json says; None: it says nothing. config: more of config.json."""
+    folder = exp_dir / name
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps(records))
+    (folder / "config.json").write_text(json.dumps({"corpus": "synthetic", "scale": "mini", **config}))
+    meta = {"commit": "abc123", "command": "local/train.py", "versions": {"torch": "1.13.1"}}
+    meta["parameters"] = {} if deployed is None else {"deployed": deployed}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    write_lines(folder / "train_log.jsonl", TRAIN_LOG)
+    return folder

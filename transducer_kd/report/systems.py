@@ -1,0 +1,196 @@
+"""The systems of a report side by side, and what the paired comparisons between them say.
+
+A system is a phase in one mode: its first pass, the second pass that rescores it where there is a LAS, and
+all their parameters.
+"""
+
+from typing import Any, Dict, List, Optional
+
+from transducer_kd.report import phases, tables
+from transducer_kd.report.tables import Row, number
+
+_RESCORED = "_las_rescore"
+_ORACLE = "fast_beam_search_nbest_oracle"
+_FEEDS = ("fast_beam_search_nbest", "modified_beam_search")  # first passes that a LAS can rescore
+_FIRST = (*_FEEDS, "greedy_search")  # the first there is
+_SIGNIFICANT = 0.05
+
+COMPARISON_NOTE = (
+    "A difference is the WER of the system minus that of what it is compared with, in percentage points: "
+    "below zero is better; relative is per cent of the other's WER. Paired bootstrap over the utterances of "
+    "the test set; better and worse mean p < 0.05, not corrected for the number of comparisons. This says "
+    "how sure the test set makes a difference between these models, not how another training would end."
+)
+_HEADINGS = {
+    "teacher": "Distilled systems and controls against the teacher",
+    "control": "Distilled systems against the same training without distillation",
+    "first pass": "Second pass against the first pass that it rescores",
+}
+
+
+def systems(report: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """One dict per phase and mode, in the order of the phases, also for what was not decoded:
+
+    phase           the phase's dict
+    mode, label     None where it was not decoded; the phase's name, with the mode where there are several
+    first, rescored, oracle, headline
+                    {test set: record}; headline is the rescored one, and without a second pass the first
+    """
+    decodings = tables.decodings(report)
+    modes = {mode for (_, mode, _), _ in decodings}
+    found = []
+    for phase in report["phases"]:
+        own = {who[1:]: by_set for who, by_set in decodings if who[0] == phase["name"]}
+        for mode in dict.fromkeys(mode for mode, _ in own) or [None]:
+            methods = {method: by_set for (m, method), by_set in own.items() if m == mode}
+            first, rescored = _passes(list(methods))
+            parts = {"first": methods.get(first, {}), "rescored": methods.get(rescored, {})}
+            found.append({
+                "phase": phase, "mode": mode, "oracle": methods.get(_ORACLE, {}), **parts,
+                "label": phase["name"] + (f", {mode}" if mode and len(modes) > 1 else ""),
+                "headline": parts["rescored"] or parts["first"],
+            })  # fmt: skip
+    return found
+
+
+def teacher_of(phase: Dict[str, Any], report: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+    """The largest teacher with as many passes: what a system is smaller than. None for a teacher."""
+    if phase["role"] not in ("distilled", "control"):
+        return None
+    of_all = phases.teachers(report["phases"])
+    return next((t for t in of_all if t["has_las"] == phase["has_las"]), next(iter(of_all), None))
+
+
+def key_systems(report: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """What a reader wants first: the whole teacher, the last distilled system and its control, or all."""
+    decoded = [s for s in systems(report) if s["headline"]]
+    distilled = [s["phase"] for s in decoded if s["phase"]["role"] == "distilled"]
+    if not distilled:
+        return decoded
+    last, teacher = distilled[-1], teacher_of(distilled[-1], report)
+    names = {last["name"], last["name"] + phases.CONTROL, teacher["name"] if teacher else None}
+    return [s for s in decoded if s["phase"]["name"] in names]
+
+
+def side_by_side_rows(report: Dict[str, Any], has_what: bool = True) -> List[Row]:
+    """One row per system; columns that would be empty for all are left out."""
+    of_all, sets = systems(report), tables.test_sets(report)
+    passes = {"first": "first pass", "rescored": "rescored", "oracle": "oracle"}
+    shown = [(s, name) for s in sets for name in passes if any(s in system[name] for system in of_all)]
+    has_second = any(system["rescored"] for system in of_all)
+    header = ["phase", *(["what"] if has_what else []), *(f"{s} {passes[name]} %" for s, name in shown)]
+    header += ["parameters", "float32 MB", "smaller than teacher by", "x real time"]
+    rows = [header + (["2nd / 1st pass time"] if has_second else [])]
+    for system in of_all:
+        phase = system["phase"]
+        size, teacher = phase["params_deployed"], teacher_of(phase, report)
+        row = [system["label"], *([phase["what"]] if has_what else [])]
+        row += [number(system[name].get(s, {}).get("wer"), 2) for s, name in shown]
+        row += [tables.millions(size), number(size and 4e-6 * size, 1), _percent(_saved(size, teacher))]
+        row += [tables.speed(system["headline"].values()), _percent(_second_pass_share(system))]
+        rows.append(row[: len(rows[0])])
+    return rows
+
+
+def side_by_side_notes(report: Dict[str, Any]) -> List[str]:
+    """What the columns of side_by_side_rows mean in this report."""
+    methods: Dict[str, List[str]] = {}
+    of_all = systems(report)
+    for system in of_all:
+        for r in list(system["first"].values())[:1]:
+            methods.setdefault(r["method"], []).append(system["label"])
+    names = [m if len(methods) == 1 else f"{m} ({', '.join(labels)})" for m, labels in methods.items()]
+    out = [f"First pass: {'; '.join(names)}."] if names else []
+    if any(system["rescored"] for system in of_all):
+        out[-1] += " Rescored: the same n-best lists, reordered by the LAS."
+        out.append(
+            "Time: encoder, search and second pass together, as seconds of audio in a second. 2nd / 1st pass "
+            "time: what rescoring adds."
+        )
+    pairs = {
+        t["name"]: f"{t['name']} ({tables.millions(t['params_deployed'])})"
+        for t in (teacher_of(p, report) for p in report["phases"])
+        if t
+    }
+    if pairs:
+        out.append(
+            f"Parameters are all that run on a device, with the LAS where there is one; they are compared "
+            f"with a teacher of as many passes: {', '.join(pairs.values())}."
+        )
+    return out
+
+
+def comparison_tables(report: Dict[str, Any], is_short: bool = False) -> List[Dict[str, Any]]:
+    """{"title", "rows"} of every kind of comparison that was made.
+
+    is_short: of two phases only their best method, the rescored lists where both have them.
+    """
+    grouped: Dict[Any, Dict[str, Dict[str, Any]]] = {}
+    for c in report["comparisons"]:
+        who = tuple(c[key] for key in ("kind", "phase_b", "phase_a", "mode", "method_b", "method_a"))
+        grouped.setdefault(who, {})[c["test_set"]] = c
+    if is_short:
+        best: Dict[Any, Any] = {}
+        for who in grouped:  # the best method comes first
+            best.setdefault(who[:4], who)
+        grouped = {who: grouped[who] for who in best.values()}
+    sets = tables.test_sets(report)
+    made = []
+    for kind, title in _HEADINGS.items():
+        columns = ("difference [95 %]", "relative", "verdict")
+        rows = [["system", "against", "pass", *(f"{s} {column}" for s in sets for column in columns)]]
+        for (own_kind, phase_b, phase_a, mode, method, _), by_set in grouped.items():
+            if own_kind != kind:
+                continue
+            against = "its first pass" if kind == "first pass" else phase_a
+            scored = (
+                "rescored" if method.endswith(_RESCORED) else "first pass" if method in _FEEDS else method
+            )
+            scored += "" if mode == "offline" else f", {mode}"
+            cells = [cell for s in sets for cell in (_comparison(by_set[s]) if s in by_set else ("-",) * 3)]
+            rows.append([phase_b, against, scored, *cells])
+        if len(rows) > 1:
+            made.append({"title": title, "rows": rows})
+    return made
+
+
+def verdict(comparison: Dict[str, Any]) -> str:
+    """In words, with the p-value: `better, p 0.012`"""
+    p, difference = comparison["p_value"], comparison["difference"]
+    words = "better" if difference < 0 else "worse"
+    if p >= _SIGNIFICANT or not difference:
+        words = "no difference shown"
+    return f"{words}, p {'< 0.001' if p < 0.001 else f'{p:.3f}'}"
+
+
+def _comparison(c: Dict[str, Any]) -> List[str]:
+    relative = "-" if c["relative"] is None else f"{c['relative']:+.1f} %"
+    return [f"{c['difference']:+.2f} [{c['low']:+.2f}, {c['high']:+.2f}]", relative, verdict(c)]
+
+
+def _passes(methods: List[str]) -> List[Optional[str]]:
+    """Of these the first pass, and what rescores it; None where there is none."""
+    for first in _FIRST:
+        if first in methods and first + _RESCORED in methods:
+            return [first, first + _RESCORED]
+    others = [m for m in methods if m != _ORACLE and not m.endswith(_RESCORED)]
+    return [next((m for m in (*_FIRST, *others) if m in others), None), None]
+
+
+def _saved(size: Optional[int], teacher: Optional[Dict[str, Any]]) -> Optional[float]:
+    known = size is not None and teacher and teacher["params_deployed"]
+    return 1 - size / teacher["params_deployed"] if known else None
+
+
+def _second_pass_share(system: Dict[str, Any]) -> Optional[float]:
+    """Time of the second pass over that of the first, all test sets together."""
+    records = list(system["rescored"].values())
+    if not records or any(r.get("second_pass_s") is None for r in records):
+        return None
+    second_s = sum(r["second_pass_s"] for r in records)
+    first_s = sum(r["decode_s"] for r in records) - second_s
+    return second_s / first_s if first_s > 0 else None
+
+
+def _percent(share: Optional[float]) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
