@@ -97,7 +97,7 @@ def test_a_student_without_las_is_compared_with_the_teacher_without_one(root):
     report = collect.collect(root)
     row = next(r for r in systems.side_by_side_rows(report) if r[0] == "small")
     assert row[2] == "5.00" and row[8] == "75.0 %" and row[10] == "-"  # greedy search is all it has
-    assert "greedy_search (small)" in systems.side_by_side_notes(report)[0]
+    assert "greedy_search for small." in systems.side_by_side_notes(report)[0]
 
 
 def test_smoke_runs_without_decodings_rescoring_or_sizes(tmp_path):
@@ -131,13 +131,14 @@ def test_modes_are_systems_of_their_own(root):
     path.write_text(json.dumps([*json.loads(path.read_text()), streaming]))
     report = collect.collect(root)
     labels = {s["label"]: s["headline"]["test-clean"]["wer"] for s in systems.systems(report)}
-    assert (labels["student, offline"], labels["student, streaming"]) == (7.0, 11.0)
+    assert (labels["student (offline)"], labels["student (streaming)"]) == (7.0, 11.0)
     assert plots._point(report, "student", "streaming")["marker"] == "^"
 
 
 def test_cards_are_the_teacher_the_last_student_and_its_control(root):
     report = collect.collect(root)
     assert [s["label"] for s in systems.key_systems(report)] == ["teacher_las", "student", "student_control"]
+    assert "distilled, 1.50 M (66.7 % smaller than the teacher)" in html.render(report, "")
     report["phases"] = [p for p in report["phases"] if not p["name"].startswith("student")]
     assert [s["label"] for s in systems.key_systems(report)] == ["teacher", "teacher_las"]
 

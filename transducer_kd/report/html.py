@@ -44,6 +44,8 @@ def _cards(report: Dict[str, Any]) -> List[Dict[str, Any]]:
         by_set, phase = system["headline"], system["phase"]
         some = next(iter(by_set.values()))
         rates = [(name, f"{r['wer']:.2f}") for name, r in by_set.items()]
-        about = [tables.millions(some["params_deployed"]), some["method"], phase["role"], some["mode"]]
+        size, saved = tables.millions(some["params_deployed"]), systems.saved(phase, report)
+        size += "" if saved is None else f" ({systems.percent(saved)} smaller than the teacher)"
+        about = [phase["role"], size, some["method"], some["mode"]]
         cards.append({"label": phase["name"], "rates": rates, "about": ", ".join(filter(None, about))})
     return cards

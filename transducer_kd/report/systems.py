@@ -47,7 +47,7 @@ def systems(report: Dict[str, Any]) -> List[Dict[str, Any]]:
             parts = {"first": methods.get(first, {}), "rescored": methods.get(rescored, {})}
             found.append({
                 "phase": phase, "mode": mode, "oracle": methods.get(_ORACLE, {}), **parts,
-                "label": phase["name"] + (f", {mode}" if mode and len(modes) > 1 else ""),
+                "label": phase["name"] + (f" ({mode})" if mode and len(modes) > 1 else ""),
                 "headline": parts["rescored"] or parts["first"],
             })  # fmt: skip
     return found
@@ -59,6 +59,13 @@ def teacher_of(phase: Dict[str, Any], report: Dict[str, Any]) -> Optional[Dict[s
         return None
     of_all = phases.teachers(report["phases"])
     return next((t for t in of_all if t["has_las"] == phase["has_las"]), next(iter(of_all), None))
+
+
+def saved(phase: Dict[str, Any], report: Dict[str, Any]) -> Optional[float]:
+    """Share of the teacher's deployed parameters that `phase` does without; None where one is not known."""
+    size, teacher = phase["params_deployed"], teacher_of(phase, report)
+    is_known = size is not None and teacher and teacher["params_deployed"]
+    return 1 - size / teacher["params_deployed"] if is_known else None
 
 
 def key_systems(report: Dict[str, Any]) -> List[Dict[str, Any]]:
@@ -82,12 +89,11 @@ def side_by_side_rows(report: Dict[str, Any], has_what: bool = True) -> List[Row
     header += ["parameters", "float32 MB", "smaller than teacher by", "x real time"]
     rows = [header + (["2nd / 1st pass time"] if has_second else [])]
     for system in of_all:
-        phase = system["phase"]
-        size, teacher = phase["params_deployed"], teacher_of(phase, report)
+        phase, size = system["phase"], system["phase"]["params_deployed"]
         row = [system["label"], *([phase["what"]] if has_what else [])]
         row += [number(system[name].get(s, {}).get("wer"), 2) for s, name in shown]
-        row += [tables.millions(size), number(size and 4e-6 * size, 1), _percent(_saved(size, teacher))]
-        row += [tables.speed(system["headline"].values()), _percent(_second_pass_share(system))]
+        row += [tables.millions(size), number(size and 4e-6 * size, 1), percent(saved(phase, report))]
+        row += [tables.speed(system["headline"].values()), percent(_second_pass_share(system))]
         rows.append(row[: len(rows[0])])
     return rows
 
@@ -99,7 +105,7 @@ def side_by_side_notes(report: Dict[str, Any]) -> List[str]:
     for system in of_all:
         for r in list(system["first"].values())[:1]:
             methods.setdefault(r["method"], []).append(system["label"])
-    names = [m if len(methods) == 1 else f"{m} ({', '.join(labels)})" for m, labels in methods.items()]
+    names = [m if len(methods) == 1 else f"{m} for {', '.join(labels)}" for m, labels in methods.items()]
     out = [f"First pass: {'; '.join(names)}."] if names else []
     if any(system["rescored"] for system in of_all):
         out[-1] += " Rescored: the same n-best lists, reordered by the LAS."
@@ -163,6 +169,11 @@ def verdict(comparison: Dict[str, Any]) -> str:
     return f"{words}, p {'< 0.001' if p < 0.001 else f'{p:.3f}'}"
 
 
+def percent(share: Optional[float]) -> str:
+    """`64.2 %`"""
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
 def _comparison(c: Dict[str, Any]) -> List[str]:
     relative = "-" if c["relative"] is None else f"{c['relative']:+.1f} %"
     return [f"{c['difference']:+.2f} [{c['low']:+.2f}, {c['high']:+.2f}]", relative, verdict(c)]
@@ -177,11 +188,6 @@ def _passes(methods: List[str]) -> List[Optional[str]]:
     return [next((m for m in (*_FIRST, *others) if m in others), None), None]
 
 
-def _saved(size: Optional[int], teacher: Optional[Dict[str, Any]]) -> Optional[float]:
-    known = size is not None and teacher and teacher["params_deployed"]
-    return 1 - size / teacher["params_deployed"] if known else None
-
-
 def _second_pass_share(system: Dict[str, Any]) -> Optional[float]:
     """Time of the second pass over that of the first, all test sets together."""
     records = list(system["rescored"].values())
@@ -190,7 +196,3 @@ def _second_pass_share(system: Dict[str, Any]) -> Optional[float]:
     second_s = sum(r["second_pass_s"] for r in records)
     first_s = sum(r["decode_s"] for r in records) - second_s
     return second_s / first_s if first_s > 0 else None
-
-
-def _percent(share: Optional[float]) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
