@@ -117,6 +117,18 @@ def test_smoke_runs_without_decodings_rescoring_or_sizes(tmp_path):
     assert "Nothing has been decoded yet" in html.render(report, "") + text.markdown_section(report)
 
 
+def test_rescoring_without_a_record_of_the_first_pass(tmp_path):
+    root = tmp_path / "r" / "exp" / "synthetic-smoke"
+    write_phase(root, "teacher", [record(method="modified_beam_search_las_rescore", second_pass_s=2.0)])
+    report = collect.collect(root)
+    (system,) = systems.systems(report)
+    assert system["first"] == {} and system["headline"]["test-clean"]["wer"] == 5.0
+    # 2 s of 10 s: a quarter of the other 8 s.
+    assert systems.side_by_side_rows(report)[1][2:] == ["5.00", "0.00 M", "0.0", "-", "120", "25.0 %"]
+    assert systems.side_by_side_notes(report)[0].startswith("Rescored")
+    assert "5.00" in html.render(report, "")
+
+
 def test_size_is_that_of_all_methods_where_training_left_none(root):
     (root / "student" / "meta.json").write_text("{}")
     records = json.loads((root / "student" / "metrics.json").read_text())

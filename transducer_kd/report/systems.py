@@ -108,7 +108,7 @@ def side_by_side_notes(report: Dict[str, Any]) -> List[str]:
     names = [m if len(methods) == 1 else f"{m} for {', '.join(labels)}" for m, labels in methods.items()]
     out = [f"First pass: {'; '.join(names)}."] if names else []
     if any(system["rescored"] for system in of_all):
-        out[-1] += " Rescored: the same n-best lists, reordered by the LAS."
+        out.append("Rescored: the n-best lists of the first pass, reordered by the LAS.")
         out.append(
             "Time: encoder, search and second pass together, as seconds of audio in a second. 2nd / 1st pass "
             "time: what rescoring adds."
@@ -181,8 +181,8 @@ def _comparison(c: Dict[str, Any]) -> List[str]:
 
 def _passes(methods: List[str]) -> List[Optional[str]]:
     """Of these the first pass, and what rescores it; None where there is none."""
-    for first in _FIRST:
-        if first in methods and first + _RESCORED in methods:
+    for first in _FEEDS:
+        if first + _RESCORED in methods:
             return [first, first + _RESCORED]
     others = [m for m in methods if m != _ORACLE and not m.endswith(_RESCORED)]
     return [next((m for m in (*_FIRST, *others) if m in others), None), None]
