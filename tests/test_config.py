@@ -116,6 +116,72 @@ def test_numbers_that_make_no_sense_are_refused(override, message):
         load_config(None, [override])
 
 
+TEACHER = ["teacher.kind=exp_dir"]
+LAS = ["model.las.enabled=true"]
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["objective=ctc"], "objective='ctc' is not one of transducer, distill, las, two_pass"),
+        (["teacher.kind=onnx"], r"teacher\.kind='onnx' is not one of none, exp_dir, torchscript"),
+        (["distill.form=half"], r"distill\.form='half' is not one of full, collapsed"),
+        (["objective=las"], r"objective=las trains the LAS: set model\.las\.enabled"),
+        (["objective=two_pass"], r"objective=two_pass trains the LAS: set model\.las\.enabled"),
+        (LAS, r"objective=transducer does not train a LAS.*unset model\.las\.enabled"),
+        (
+            ["objective=distill", "distill.weight=1", *TEACHER, *LAS],
+            r"objective=distill does not train a LAS.*unset model\.las\.enabled",
+        ),
+        (["distill.weight=1", *TEACHER], r"distill\.weight=1\.0 is for the objectives distill and two_pass"),
+        (["objective=las", *LAS, "distill.weight=1", *TEACHER], r"distill\.weight=1\.0 .* not las"),
+        (
+            ["two_pass.las_kd_weight=0.5", *TEACHER],
+            r"las_kd_weight=0\.5 is for the objectives las and two_pass",
+        ),
+        (
+            ["objective=las", *LAS, "two_pass.mwer_weight=1"],
+            r"mwer_weight is for objective two_pass, not las",
+        ),
+        (["objective=distill", *TEACHER], r"objective=distill needs distill\.weight above 0"),
+        (["objective=distill", "distill.weight=1"], r"needs a teacher: set teacher\.kind"),
+        (["objective=las", *LAS, "two_pass.las_kd_weight=0.5"], r"needs a teacher: set teacher\.kind"),
+        (TEACHER, r"objective=transducer .* uses no teacher: .* unset teacher\.kind"),
+        (["objective=two_pass", *LAS, *TEACHER], r"objective=two_pass .* uses no teacher"),
+        (
+            ["objective=las", *LAS, "two_pass.las_kd_weight=0.5", "teacher.kind=torchscript"],
+            r"a torchscript teacher has no LAS: set two_pass\.las_kd_weight to 0",
+        ),
+        (["two_pass.rnnt_weight=1.5"], r"two_pass\.rnnt_weight=1\.5 must be in \[0, 1\]"),
+        (["two_pass.las_kd_weight=-0.1"], r"must be in \[0, 1\]"),
+        (["two_pass.mwer_nbest=0"], "must be greater than 0"),
+        (["distill.temperature=0"], "must be greater than 0"),
+        (["distill.frame_shift=-1"], "must be 0 or more"),
+        (["distill.utterances_at_once=0"], "must be greater than 0"),
+        (["teacher.epoch=-2"], r"must be in \[-1, inf\)"),
+    ],
+)
+def test_objectives_use_what_is_asked_for(overrides, message):
+    with pytest.raises(UserError, match=message):
+        load_config(None, overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["objective=distill", "distill.weight=1", *TEACHER],
+        ["objective=distill", "distill.weight=1", "teacher.kind=torchscript"],
+        ["objective=las", *LAS],
+        ["objective=las", *LAS, "two_pass.las_kd_weight=1", *TEACHER],
+        ["objective=two_pass", *LAS, "two_pass.mwer_weight=1"],
+        ["objective=two_pass", *LAS, "distill.weight=1", "teacher.kind=torchscript"],
+        ["objective=two_pass", *LAS, "two_pass.las_kd_weight=0.5", *TEACHER],
+    ],
+)
+def test_objectives_that_make_sense_are_accepted(overrides):
+    assert load_config(None, overrides).objective == overrides[0].split("=")[1]
+
+
 def test_every_number_has_a_range():
     def numbers(node, prefix=""):
         for field in dataclasses.fields(node):

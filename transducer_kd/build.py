@@ -53,6 +53,8 @@ def build_objective(
     UserError where the teacher or the first weights are missing or do not fit.
     """
     model, origins = build_model(config, tokenizer.vocab_size), {}
+    if config.objective == "las":
+        _require(config.init.exp_dir, "init.exp_dir", "the phase whose first pass stays as it is")
     if config.init.exp_dir:
         origins["init"] = _start_from(model, config.init, tokenizer)
     teacher = None
@@ -104,26 +106,29 @@ def _require(value: str, key: str, what: str) -> None:
 
 
 def _start_from(model: Transducer, init: cfg.InitConfig, tokenizer: Tokenizer) -> Dict[str, str]:
-    """Load an earlier phase's weights into `model`; only heads and a LAS may be new, or be left behind."""
+    """Load an earlier phase's weights into `model`; only a whole CTC head and a whole LAS may be new, or be
+    left behind."""
     state, content, checkpoint = ckpt.select_weights(
         Path(init.exp_dir), init.epoch, init.avg, init.use_averaged_model
     )
     _check_bpe(init.exp_dir, content, tokenizer)
     reference = model.state_dict()
+    own = {_part(k) for k in state} & {_part(k) for k in reference}
+    for key in sorted(state.keys() | reference.keys()):
+        there, here = (tuple(s[key].shape) if key in s else "nothing" for s in (state, reference))
+        if there != here and (_part(key) in own or _part(key) not in ("las", "ctc_output")):
+            raise UserError(
+                f"init.exp_dir={init.exp_dir} does not fit the model of this phase: {key} is {there} there "
+                f"and {here} here; give both phases the same model section"
+            )
     state = {k: v.to(reference[k].dtype) for k, v in state.items() if k in reference}
-    optional = ("las.", "ctc_output.")
-    missing = [k for k in reference if k not in state and not k.startswith(optional)]
-    wrong = [k for k in state if state[k].shape != reference[k].shape]
-    if missing or wrong:
-        key = (missing + wrong)[0]
-        found = tuple(state[key].shape) if key in state else "nothing"
-        raise UserError(
-            f"init.exp_dir={init.exp_dir} does not fit the model of this phase: {key} is {found} there and "
-            f"{tuple(reference[key].shape)} here; give both phases the same model section"
-        )
     model.load_state_dict({**reference, **state})
     logging.info("begun from %s of %s", checkpoint, init.exp_dir)
     return _origin(init.exp_dir, checkpoint, state)
+
+
+def _part(key: str) -> str:
+    return key.split(".")[0]
 
 
 def _origin(path: str, checkpoint: str, state: Dict[str, torch.Tensor]) -> Dict[str, str]:
