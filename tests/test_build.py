@@ -18,6 +18,7 @@ from transducer_kd.objectives.distill import DistillObjective
 from transducer_kd.objectives.transducer import TransducerObjective
 from transducer_kd.objectives.two_pass import LasObjective, TwoPassObjective
 from transducer_kd.train import checkpoint as ckpt
+from transducer_kd.train import experiment
 from transducer_kd.train.optim import build_optimizer
 
 TEXTS = ["TURN ON THE LIGHTS", "PLAY MUSIC", "SET A TIMER FOR TEN MINUTES"]
@@ -232,6 +233,23 @@ def test_a_hash_tells_weights_apart(tokenizer, tmp_path):
     a, again, b = hashes("a"), hashes("again"), hashes("b")
     assert a == again and len(a["teacher"]) == 64
     assert a["teacher"] != b["teacher"] and a["init"] != b["init"]
+
+
+def test_a_run_does_not_go_on_with_a_retrained_teacher(tokenizer, tmp_path):
+    config, run = distill_from(tokenizer, exp_dir=tmp_path / "teacher"), tmp_path / "run"
+
+    def start():
+        origins = build.build_objective(config, tokenizer)[1]
+        experiment.prepare_exp_dir(run, config, 1, origins)
+        experiment.write_meta(run, {"origins": origins})
+        (run / "checkpoint-1.pt").touch()
+
+    save_phase(tmp_path / "teacher", tokenizer)
+    start()
+    start()
+    save_phase(tmp_path / "teacher", tokenizer, "train.seed=3")
+    with pytest.raises(UserError, match="another configuration .weights of teacher: "):
+        start()
 
 
 # ---------------------------------------------------------------- somebody else's teacher

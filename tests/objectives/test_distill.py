@@ -112,6 +112,32 @@ def test_value_on_every_node_written_out(build, batch):
         torch.testing.assert_close(loss[n], divergence[n, :t, : u + 1].mean() * t, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("ranges_from", ["student", "teacher"])
+@pytest.mark.parametrize("frame_shift, more", [(0, 0), (2, -1)])
+def test_value_on_the_pruned_nodes_written_out(
+    build, batch, make_model, other_length, ranges_from, frame_shift, more
+):
+    """Node (t, u) of the student beside (t - d, u) of the teacher, for the nodes that the student has."""
+    teacher = other_length(make_model(24, seed=1), more)
+    objective = build(None, teacher, ranges_from=ranges_from, frame_shift=frame_shift).eval()
+    loss, done, taught = kd_of(objective, batch)
+    log_p = every_node_of(objective.model, done.encoder_out, done.decoder_out).log_softmax(-1)
+    log_q = every_node_of(teacher, taught.encoder_out, taught.decoder_out).log_softmax(-1)
+    for n, frames in enumerate(done.encoder_out_lens.tolist()):
+        nodes = [
+            (t, u)
+            for t in range(frame_shift, frames + more)
+            for u in done.ranges[n, t].tolist()
+            if u <= batch.y_lens[n]
+        ]
+        divergences = []
+        for t, u in nodes:
+            p, q = log_p[n, t, u], log_q[n, t - frame_shift, u]
+            divergences.append((q.exp() * (q - p)).sum())
+        expected = torch.stack(divergences).mean() * frames
+        torch.testing.assert_close(loss[n], expected, atol=1e-4, rtol=1e-5)
+
+
 # ---------------------------------------------------------------- nodes
 
 

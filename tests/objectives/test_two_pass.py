@@ -19,11 +19,13 @@ from transducer_kd.log import UserError
 from transducer_kd.losses.attention import label_smoothed_ce, las_kd_loss, las_targets
 from transducer_kd.models.frozen import Frozen
 from transducer_kd.models.spec_augment import SpecAugment
+from transducer_kd.objectives import two_pass as two_pass_module
 from transducer_kd.objectives.distill import DistillObjective
 from transducer_kd.objectives.two_pass import LasObjective, TwoPassObjective
 from transducer_kd.train.checkpoint import average_of_span, start_running_average, update_running_average
 from transducer_kd.train.optim import build_optimizer
 
+FIRST_PASS = {"encoder", "decoder", "joiner", "simple_am_proj", "simple_lm_proj"}
 LOSS = LossConfig(backend="torch", s_range=3, warm_step=0)
 
 
@@ -94,6 +96,10 @@ def test_training_the_las_leaves_the_first_pass_bit_identical(student, teacher, 
 def test_only_the_las_is_in_train_mode_and_trained(student, batch, gradients):
     model = student(dropout=0.3)
     objective = las_objective(model).train()
+    # DistributedDataParallel waits for the gradient of whatever asks for one.
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == {
+        n for n, _ in model.named_parameters() if not n.startswith("las.")
+    }
     assert not any(
         m.training for part in (model.encoder, model.decoder, model.joiner) for m in part.modules()
     )
@@ -197,6 +203,14 @@ def test_everything_is_trained_together(student, teacher, words_batch, gradients
     assert [name for name, g in found.items() if not g.abs().sum() > 0] == []
 
 
+@pytest.mark.parametrize("share, parts", [(0.0, {"encoder", "las"}), (1.0, FIRST_PASS)])
+def test_each_pass_alone_trains_what_it_uses(student, batch, gradients, share, parts):
+    """The second pass reaches the shared encoder."""
+    model = student()
+    found = gradients(model, two_pass_objective(model, rnnt_weight=share).train()(batch, 0).loss_sum)
+    assert {name.split(".")[0] for name, g in found.items() if g.abs().sum() > 0} == parts
+
+
 @pytest.mark.parametrize("options", [{}, {"mwer_weight": 0.5}])
 def test_the_control_needs_no_teacher(student, words_batch, options):
     objective = two_pass_objective(student(), **options).train()
@@ -212,14 +226,20 @@ def test_the_control_needs_no_teacher(student, words_batch, options):
 # ---------------------------------------------------------------- MWER
 
 
-def test_mwer_written_out(student, words_batch):
+def test_mwer_written_out(student, words_batch, monkeypatch):
     """Expected errors of the beam's hypotheses under the LAS, one at a time, less their mean."""
     model = student()
     objective = two_pass_objective(model, mwer_weight=1.0, mwer_nbest=3).train()
     encoded = model.encode(words_batch.features, words_batch.feature_lens)
-    got = objective.expected_errors(encoded, words_batch)
     nbests = modified_beam_search(model, encoded[0].detach(), encoded[1], 3)
-    assert len(nbests[1]) == 3
+    nbests[0] = nbests[0][:2]  # lists need not be of one length
+    assert [len(nbest) for nbest in nbests] == [2, 3, 3]
+    beams = []
+    monkeypatch.setattr(
+        two_pass_module, "modified_beam_search", lambda *args: (beams.append(args[3]), nbests)[1]
+    )
+    got = objective.expected_errors(encoded, words_batch)
+    assert beams == [3]
     for n, nbest in enumerate(nbests):
         one = slice(n, n + 1)
         scores = torch.stack(
@@ -246,13 +266,12 @@ def test_mwer_searches_without_dropout_and_trains_with_it(student, words_batch, 
     model = student(dropout=0.3)
     objective = two_pass_objective(model, mwer_weight=1.0).train()
     seen = []
-    import transducer_kd.objectives.two_pass as module
 
     def search(model, *args):
         seen.append(any(m.training for m in model.modules()))
         return modified_beam_search(model, *args)
 
-    monkeypatch.setattr(module, "modified_beam_search", search)
+    monkeypatch.setattr(two_pass_module, "modified_beam_search", search)
     encoded = model.encode(words_batch.features, words_batch.feature_lens)
     loss = objective.expected_errors(encoded, words_batch).sum()
     assert seen == [False] and all(m.training for m in model.modules())
