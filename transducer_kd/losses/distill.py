@@ -211,7 +211,9 @@ class _NodeDivergence(torch.autograd.Function):
     def backward(ctx: Any, value_grad: torch.Tensor):
         (gradient,) = ctx.saved_tensors
         scale = ctx.temperature * value_grad[..., None]  # tau^2 of the value, 1 / tau of the scaled logits
-        return (scale * gradient).to(ctx.student_dtype), None, None, None, None, None
+        # In place: on a CPU another tensor of this size costs more than the product. Autograd refuses a
+        # second backward over what was overwritten.
+        return gradient.mul_(scale).to(ctx.student_dtype), None, None, None, None, None
 
 
 def _full_divergence(
@@ -239,12 +241,12 @@ def _collapsed_divergence(
     may underflow.
     """
     log_q = _collapse(teacher, token, has_token, temperature)[0]
-    log_p, rest, rest_total = _collapse(student, token, has_token, temperature)
+    log_p, gradient = _collapse(student, token, has_token, temperature)
     q = log_q.exp()
     # A class with q = 0 adds nothing; the token's at u = U_n would add 0 (-inf - -inf).
     value = log_q.sub_(log_p).mul_(q).masked_fill_(q == 0, 0.0).sum(-1)
     by_class = log_p.exp_().sub_(q)
-    gradient = rest.sub_(rest_total[..., None]).exp_().mul_(by_class[..., 2:])
+    gradient.mul_(by_class[..., 2:])
     gradient.scatter_(-1, token[..., None], by_class[..., :1])
     gradient[..., BLANK_ID] = by_class[..., 1]  # after the token, whose id is blank where there is none
     return value, gradient
@@ -252,18 +254,22 @@ def _collapsed_divergence(
 
 def _collapse(
     logits: torch.Tensor, token: torch.Tensor, has_token: torch.Tensor, temperature: float
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probabilities (N,T',S,3) of {token, blank, rest}, the scaled logits of the rest (N,T',S,V; -inf at
-    the two others), and their logsumexp (N,T',S). 1 - p_token - p_blank would cancel where rest is small."""
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities (N,T',S,3) of {token, blank, rest}, and the softmax over the rest (N,T',S,V; 0 at the
+    two others). 1 - p_token - p_blank would cancel where rest is small.
+
+    The softmax and its logsumexp are written out because they share their work and one tensor."""
     rest = full_precision(logits) / temperature  # a copy, overwritten below
     token = token[..., None]
     token_logit = rest.gather(-1, token)[..., 0].masked_fill_(~has_token, NEG_INF)
     blank_logit = rest[..., BLANK_ID].clone()
     rest.scatter_(-1, token, NEG_INF)
     rest[..., BLANK_ID] = NEG_INF
-    rest_total = rest.logsumexp(-1)
-    classes = torch.stack([token_logit, blank_logit, rest_total], dim=-1)
-    return classes.log_softmax(-1), rest, rest_total
+    highest = rest.amax(-1, keepdim=True)
+    total = rest.sub_(highest).exp_().sum(-1, keepdim=True)
+    rest_logit = (highest + total.log())[..., 0]
+    classes = torch.stack([token_logit, blank_logit, rest_logit], dim=-1)
+    return classes.log_softmax(-1), rest.div_(total)
 
 
 def _next_token(
