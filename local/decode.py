@@ -109,7 +109,7 @@ def add_second_pass_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--las-mu", type=float, help="mu by hand instead, 0 to 1")
     group.add_argument("--las-length-weight", type=float, help="length_weight by hand, goes with --las-mu")
     group.add_argument(
-        "--rescore-nbest", type=int, default=0, help="hypotheses of each n-best list to rescore; 0: all"
+        "--rescore-nbest", type=int, default=16, help="best hypotheses of each list to rescore; 0: all"
     )
 
 

@@ -448,7 +448,10 @@ decode_phase() {
     log "no k2 in this environment: leaving out the fast_beam_search methods (python3 tools/check_env.py says more)"
   fi
   if [ "$(config_value "$1" model.encoder.chunk_size)" != 0 ]; then methods+=,streaming_greedy_search; fi
-  if [[ $methods == *_las_rescore* ]]; then args+=(--tune-part "${dev%% *}"); fi
+  if [[ $methods == *_las_rescore* ]]; then
+    [ -n "$dev" ] || fail "the corpus has no part to tune the second pass on; name one with --dev-parts (stage 0 again)"
+    args+=(--tune-part "${dev%% *}")
+  fi
   run python local/decode.py --exp-dir "$exp_root/$1" --use-averaged-model --decoding-method "$methods" \
     --test-parts "${test// /,}" --device "$device" ${args[@]+"${args[@]}"}
 }

@@ -190,7 +190,7 @@ def test_a_second_pass_is_tuned_kept_and_used(decode_las, first_pass, caplog, ca
     assert len(found) == 4
     first, rescored = found["test-clean", first_pass], found["test-clean", method]
     weights = {"mu": kept["mu"], "length_weight": kept["length_weight"], "tuned_on": "dev"}
-    assert rescored["parameters"] == {**first["parameters"], "rescore_nbest": 0, **weights}
+    assert rescored["parameters"] == {**first["parameters"], "rescore_nbest": 16, **weights}
     assert 0 < rescored["second_pass_s"] < rescored["decode_s"]
     assert first["second_pass_s"] is None
     las_parameters = rescored["params_deployed"] - first["params_deployed"]
@@ -239,7 +239,7 @@ def test_weights_by_hand_and_a_quick_look_leave_no_tuning(decode_las):
     found = metrics(exp_dir)
     first, rescored = found["test-other", BEAM], found["test-other", BEAM_RESCORE]
     assert rescored["errors"] == first["errors"]
-    assert rescored["parameters"] == {**first["parameters"], "rescore_nbest": 0, "mu": 0.0,
+    assert rescored["parameters"] == {**first["parameters"], "rescore_nbest": 16, "mu": 0.0,
                                       "length_weight": 0.0, "tuned_on": None}  # fmt: skip
     decode_las("--decoding-method", BEAM_RESCORE, "--tune-part", "dev", "--num-utts", "2")
     assert not (exp_dir / "rescore.json").exists()

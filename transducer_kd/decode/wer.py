@@ -94,16 +94,15 @@ def compare(a: Sequence[Utterance], b: Sequence[Utterance], resamples: int = _RE
         raise ValueError(
             f"a paired comparison needs the same utterances: {len(a)} and {len(b)} given, some differ"
         )
-    counts = np.array(
-        [[word_errors(ref, hyp), word_errors(*by_cut[cut]), len(ref)] for cut, ref, hyp in a], dtype=np.int64
-    ).reshape(-1, 3)
-    if not counts[:, 2].sum():
+    more = np.array([word_errors(*by_cut[cut]) - word_errors(ref, hyp) for cut, ref, hyp in a])
+    words = np.array([len(ref) for _, ref, _ in a])
+    if not words.sum():
         raise ValueError("a paired comparison needs reference words, and there are none")
     rng = np.random.default_rng(_SEED)
     differences = np.concatenate(
-        [_resampled_differences(counts, block, rng) for block in _blocks(resamples, len(counts))]
+        [_resampled_differences(more, words, block, rng) for block in _blocks(resamples, len(words))]
     )
-    difference = 100.0 * (counts[:, 1].sum() - counts[:, 0].sum()) / counts[:, 2].sum()
+    difference = 100.0 * more.sum() / words.sum()
     low, high = np.percentile(differences, [2.5, 97.5])
     # The observed sample counts as one more resample, so that no p-value is zero.
     smaller = min((differences <= 0).sum(), (differences >= 0).sum())
@@ -111,10 +110,12 @@ def compare(a: Sequence[Utterance], b: Sequence[Utterance], resamples: int = _RE
     return PairedComparison(float(difference), float(low), float(high), float(p_value))
 
 
-def _resampled_differences(counts: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """counts (utterances, 3): errors of A, of B, reference words -> (resamples,) differences, per cent."""
-    sums = counts[rng.integers(0, len(counts), size=(resamples, len(counts)))].sum(axis=1)
-    return 100.0 * (sums[:, 1] - sums[:, 0]) / np.maximum(sums[:, 2], 1)
+def _resampled_differences(
+    more: np.ndarray, words: np.ndarray, resamples: int, rng: np.random.Generator
+) -> np.ndarray:
+    """By how many errors B exceeds A, and reference words, per utterance -> (resamples,) per cent."""
+    chosen = rng.integers(0, len(words), size=(resamples, len(words)))
+    return 100.0 * more[chosen].sum(axis=1) / np.maximum(words[chosen].sum(axis=1), 1)
 
 
 def _blocks(resamples: int, num_utterances: int) -> List[int]:

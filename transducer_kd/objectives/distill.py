@@ -11,7 +11,7 @@ Sources: see losses/distill.py. Sharing the teacher's pruning bounds with the st
 """
 
 from dataclasses import dataclass
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -86,21 +86,25 @@ class DistillObjective(TransducerObjective):
     ) -> Tuple[TransducerPass, Optional[TeacherPass], torch.Tensor, Dict[str, torch.Tensor]]:
         """The student's pass, the teacher's, the transducer's loss with distillation (N,), and its terms."""
         taught = teacher_pass(self.teacher, batch) if self.frozen is not None else None
-        is_distilling = self.distill.weight > 0
-        guide = None
-        if is_distilling and self.distill.ranges_from == "teacher":
-            occupancies = self._teacher_occupancies(taught, batch)
-
-            def guide(num_frames: int) -> Grads:
-                return _shifted(occupancies, self.distill.frame_shift, num_frames, taught.encoder_out_lens)
-
         x = self.spec_augment(batch.features, batch.feature_lens)
-        done = self.transducer_pass(x, batch, guide=guide)
+        done = self.transducer_pass(x, batch, guide=self._guide(taught, batch))
         losses, terms = self.transducer_loss(done, batch, step)
-        if is_distilling:
+        if self.distill.weight > 0:
             terms["kd_loss"] = self.lattice_kd(done, taught, batch)
             losses = losses + self.distill.weight * terms["kd_loss"]
         return done, taught, losses, terms
+
+    def clean_pass(self, batch: Any) -> TransducerPass:
+        """See TransducerObjective."""
+        taught = teacher_pass(self.teacher, batch) if self.frozen is not None else None
+        return self.transducer_pass(batch.features, batch, guide=self._guide(taught, batch))
+
+    def _guide(self, taught: Optional[TeacherPass], batch: Any) -> Optional[Callable[[int], Grads]]:
+        """What to prune by where it is not the student's own simple loss."""
+        if self.distill.weight == 0 or self.distill.ranges_from == "student":
+            return None
+        occupancies, lens = self._teacher_occupancies(taught, batch), taught.encoder_out_lens
+        return lambda num_frames: _shifted(occupancies, self.distill.frame_shift, num_frames, lens)
 
     def lattice_kd(self, done: TransducerPass, taught: TeacherPass, batch: Any) -> torch.Tensor:
         """The distance to the teacher (N,): the utterance's mean times its encoder frames."""

@@ -120,6 +120,10 @@ class TransducerObjective(Objective):
             pruned_loss,
         )  # fmt: skip
 
+    def clean_pass(self, batch: Any) -> TransducerPass:
+        """Without augmentation, but pruned as in training."""
+        return self.transducer_pass(batch.features, batch)
+
     def ctc_loss(self, encoder_out: torch.Tensor, encoder_out_lens: torch.Tensor, batch: Any) -> torch.Tensor:
         """CTC losses (N,). Utterances that CTC cannot align (too many repeats for T') count as zero."""
         with torch.autocast(encoder_out.device.type, enabled=False):
@@ -137,7 +141,7 @@ class TransducerObjective(Objective):
     @torch.no_grad()
     def images(self, batch: Any, step: int) -> Dict[str, torch.Tensor]:
         """`pruning_ranges` (U+1, T'): which nodes of the first utterance's lattice the pruned loss sees."""
-        done = self.transducer_pass(batch.features, batch)
+        done = self.clean_pass(batch)
         frames, tokens = int(done.encoder_out_lens[0]), int(batch.y_lens[0]) + 1
         picture = torch.zeros(frames, tokens)
         kept = done.ranges[0, :frames].clamp(max=tokens - 1).cpu()
