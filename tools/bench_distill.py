@@ -25,6 +25,9 @@ torch.cuda.max_memory_allocated, on the CPU by the kernel's peak of the resident
 /proc/self/clear_refs; where that is forbidden, the peak since the process began). There malloc returns what
 is freed to the system at once (MALLOC_MMAP_THRESHOLD_), so that, as on CUDA, tensors are counted and not what
 the allocator keeps for later.
+
+The demand on memory is about what the lattice needs: `--part losses` answers it. In `--part model` both steps
+also hold the encoder's activations, which may be most of their memory.
 """
 
 import argparse
