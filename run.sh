@@ -8,8 +8,9 @@ usage() {
   cat <<HELP
 usage: ./run.sh [--recipe NAME] [options]
 
-  ./run.sh                                                    everything, on speech it makes itself (25 min, 2 cores)
-  ./run.sh --scale smoke                                      the same in a minute, to see that all is there
+  ./run.sh                                                    everything, on speech it makes itself (40 min, 2 cores)
+  ./run.sh --scale smoke                                      the same in two minutes, to see that all is there
+  ./run.sh --controls 1                                       also the students without a teacher (70 min)
   ./run.sh --stage 2 --stop-stage 2 --set optim.lr=1e-3       one stage, with another setting
   ./run.sh --corpus mini_librispeech                          5 h of real speech, downloaded
   ./run.sh --corpus librispeech --full-libri 1 --scale full --nproc 8
@@ -49,7 +50,9 @@ Model and training
   --scale smoke|mini|small|full    the folder of egs/librispeech/<recipe>/conf (default: mini for the synthetic corpus,
                                small for others): seconds; minutes; about 10 h of speech; 960 h on GPUs
   --vocab-size N               BPE pieces (default: smoke 60, mini 100, small and full 500)
-  --set SECTION.KEY=VALUE      change a setting of the phases; may be repeated; transducer_kd/config.py has them all
+  --bpe-model FILE             a BPE model trained elsewhere, such as a teacher's (with its --vocab-size)
+  --set SECTION.KEY=VALUE      change a setting of all phases; may be repeated; transducer_kd/config.py has them all
+  --set PHASE:SECTION.KEY=VALUE    of one phase, such as student:distill.weight=5
   --nproc N                    training processes, one per GPU (torchrun; default 1)
   --device auto|cpu|cuda|cuda:N    (default auto: the GPU where there is one)
   --controls                   also train the recipe's control arms, where it has some

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Stage 1: a BPE model from training transcripts -> LANG_DIR/bpe.model, bpe.vocab, tokens.txt.
+"""Stage 1: a BPE model from training transcripts, or one trained elsewhere -> LANG_DIR/bpe.model, bpe.vocab,
+tokens.txt.
 
 <blk> is 0, <sos/eos> 1, <unk> 2. The same text and size give the same files; nothing is done when they are
 there.
@@ -43,6 +44,9 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         "--text-norm", choices=("upper", "none"), default="upper", help="of --text and --kaldi-text"
     )
+    parser.add_argument(
+        "--bpe-model", type=Path, help="take this sentencepiece model, such as a teacher's, and train none"
+    )
     return parser.parse_args(argv)
 
 
@@ -77,11 +81,27 @@ def read_mark(path: Path) -> Any:
         ) from None
 
 
+def take(bpe_model: Path, lang_dir: Path, vocab_size: int) -> int:
+    """Make the lang folder of a BPE model that was trained elsewhere."""
+    from transducer_kd.data.tokenizer import import_bpe
+
+    tokenizer = import_bpe(bpe_model, lang_dir)
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(
+            f"{bpe_model} has {tokenizer.vocab_size} pieces: say --vocab-size {tokenizer.vocab_size}"
+        )
+    (lang_dir / "lang.json").unlink(missing_ok=True)  # what another model here was made from
+    logging.info("%s: %d pieces of %s, sha256 %s", lang_dir, vocab_size, bpe_model, tokenizer.sha256[:12])
+    return 0
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parse_arguments(argv)
     setup_logging()
     from transducer_kd.data.tokenizer import Tokenizer, train_bpe
 
+    if args.bpe_model:
+        return take(args.bpe_model, args.lang_dir, args.vocab_size)
     if not (args.parts or args.text or args.kaldi_text):
         raise UserError("nothing to learn from: pass --manifests-dir with --parts, --text or --kaldi-text")
     texts: List[str] = list(read_texts(args))

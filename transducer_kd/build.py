@@ -121,6 +121,12 @@ def _start_from(model: Transducer, init: cfg.InitConfig, tokenizer: Tokenizer) -
                 f"init.exp_dir={init.exp_dir} does not fit the model of this phase: {key} is {there} there "
                 f"and {here} here; give both phases the same model section"
             )
+    heads = cfg.from_dict(content["config"], init.exp_dir).model.encoder.num_heads
+    if heads != model.config.encoder.num_heads:  # the shapes do not tell
+        raise UserError(
+            f"init.exp_dir={init.exp_dir} has model.encoder.num_heads={heads} and this phase has "
+            f"{model.config.encoder.num_heads}; give both phases the same model section"
+        )
     state = {k: v.to(reference[k].dtype) for k, v in state.items() if k in reference}
     model.load_state_dict({**reference, **state})
     logging.info("begun from %s of %s", checkpoint, init.exp_dir)

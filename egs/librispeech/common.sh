@@ -19,7 +19,8 @@ fail() {
 
 # name=default. A name with a dash becomes a variable with an underscore. Switches may stand alone or take 0 or 1.
 value_options="stage=0 stop-stage= corpus=synthetic corpus-dir= corpus-name= csv= kaldi-dir= manifest-dir=
-  train-parts= dev-parts= test-parts= unlabelled-parts= bad-audio=error channel= text-norm=upper scale= vocab-size= nproc=1
+  train-parts= dev-parts= test-parts= unlabelled-parts= bad-audio=error channel= text-norm=upper scale= vocab-size=
+  bpe-model= nproc=1
   device=auto env="
 switch_options="full-libri=0 resample=0 on-the-fly-feats=0 controls=0 force=0"
 
@@ -108,6 +109,7 @@ check_options() {
   [ "$sources" -le 1 ] || fail "give one of --corpus-dir, --csv, --kaldi-dir, --manifest-dir, not $sources of them"
   # Stages run in the top folder of the project, while paths are given from where the user is.
   corpus_dir=$(absolute "$corpus_dir") manifest_dir=$(absolute "$manifest_dir")
+  bpe_model=$(absolute "$bpe_model")
   csv=$(absolute $csv) kaldi_dir=$(absolute $kaldi_dir)
   is_named_corpus=1
   if [ "$sources" = 1 ] && { [ -z "$corpus_dir" ] || [[ $given != *" corpus "* ]]; }; then
@@ -351,6 +353,7 @@ data_fingerprint() {
 feature_fingerprint() {
   data_fingerprint
   echo "vocab_size=$vocab_size on_the_fly_feats=$on_the_fly_feats speed_perturb=$(config_value "$1" data.speed_perturb)"
+  [ -z "$bpe_model" ] || echo "bpe_model=$bpe_model $(cksum "$bpe_model" || true)"
 }
 # $1: phase; then those whose weights it begins with or learns from: trained anew, they make it begin anew.
 phase_fingerprint() {
@@ -412,7 +415,7 @@ stage_features() {
   fi
   run python local/compute_fbank.py "${args[@]}"
   run python local/prepare_lang.py --manifests-dir "$manifests_dir" --parts $train --lang-dir "$lang_dir" \
-    --vocab-size "$vocab_size" --text-norm "$text_norm"
+    --vocab-size "$vocab_size" --text-norm "$text_norm" ${bpe_model:+--bpe-model "$bpe_model"}
 }
 
 require_trained() {

@@ -2,7 +2,7 @@ import hashlib
 
 import pytest
 
-from transducer_kd.data.tokenizer import Tokenizer, check_same_tokenizer, check_same_tokens, train_bpe
+from transducer_kd.data.tokenizer import Tokenizer, check_same_tokens, import_bpe, train_bpe
 from transducer_kd.log import UserError
 
 LINES = ["TURN ON THE LIGHTS", "TURN OFF THE MUSIC", "SET A TIMER FOR TEN MINUTES", "IT'S TEN O'CLOCK"]
@@ -59,17 +59,20 @@ def test_no_text_at_all(tmp_path):
         train_bpe(["", "  "], tmp_path, 40)
 
 
-def test_another_model_is_refused_by_its_hash(lang_dir, tmp_path):
-    other = train_bpe(LINES[:3], tmp_path, 30)
-    check_same_tokenizer(other.sha256, tmp_path)
-    with pytest.raises(UserError) as error:
-        check_same_tokenizer(other.sha256, lang_dir)
-    message = str(error.value)
-    assert (
-        other.sha256[:12] in message
-        and Tokenizer(lang_dir).sha256[:12] in message
-        and str(lang_dir) in message
-    )
+def test_a_model_from_elsewhere_makes_the_same_lang_folder(lang_dir, tmp_path):
+    taken = import_bpe(lang_dir / "bpe.model", tmp_path / "lang")
+    assert taken.sha256 == Tokenizer(lang_dir).sha256
+    for name in ("tokens.txt", "bpe.vocab"):
+        assert (tmp_path / "lang" / name).read_bytes() == (lang_dir / name).read_bytes()
+
+
+def test_a_model_from_elsewhere_that_is_none_leaves_no_folder(tmp_path):
+    (tmp_path / "other.model").write_bytes(b"not a model")
+    with pytest.raises(UserError, match="other.model is not a sentencepiece model"):
+        import_bpe(tmp_path / "other.model", tmp_path / "lang")
+    with pytest.raises(UserError, match="gone.model cannot be read"):
+        import_bpe(tmp_path / "gone.model", tmp_path / "lang")
+    assert not (tmp_path / "lang").exists()
 
 
 def test_missing_and_foreign_models(tmp_path):

@@ -9,7 +9,7 @@ import hashlib
 import io
 import re
 from pathlib import Path
-from typing import Dict, Iterable, List
+from typing import Dict, Iterable, List, Tuple
 
 import sentencepiece as spm
 
@@ -26,25 +26,9 @@ class Tokenizer:
 
     def __init__(self, lang_dir: Path):
         self.path = Path(lang_dir) / "bpe.model"
-        try:
-            content = self.path.read_bytes()
-        except OSError:
-            raise UserError(f"{self.path} cannot be read; make it with local/prepare_lang.py") from None
+        content, self.processor = _load(self.path)
         self.sha256 = hashlib.sha256(content).hexdigest()
-        self.processor = spm.SentencePieceProcessor()
-        try:
-            self.processor.LoadFromSerializedProto(content)
-        except RuntimeError:
-            raise UserError(
-                f"{self.path} is not a sentencepiece model; make it again with local/prepare_lang.py"
-            ) from None
         self.vocab_size: int = self.processor.get_piece_size()
-        for symbol, expected in (("<blk>", BLANK_ID), ("<sos/eos>", SOS_EOS_ID), ("<unk>", UNK_ID)):
-            found = self.processor.piece_to_id(symbol)
-            if found != expected or self.processor.id_to_piece(expected) != symbol:
-                raise UserError(
-                    f"{self.path}: {symbol} has id {found}, not {expected}; use local/prepare_lang.py's model"
-                )
 
     def encode(self, texts: List[str]) -> List[List[int]]:
         """Token ids of each text; characters that the model has never seen become <unk>."""
@@ -65,7 +49,40 @@ def train_bpe(texts: Iterable[str], lang_dir: Path, vocab_size: int) -> Tokenize
     lines = [text for text in texts if text.strip()]
     if not lines:
         raise UserError(f"no text to train {lang_dir}/bpe.model from: every transcript is empty")
-    model = _train(lines, vocab_size, hard_limit=True)
+    return _write(_train(lines, vocab_size, hard_limit=True), lang_dir)
+
+
+def import_bpe(bpe_model: Path, lang_dir: Path) -> Tokenizer:
+    """Write a lang folder from a BPE model that was trained elsewhere, such as icefall's: for its teacher.
+
+    UserError where the file is missing, no sentencepiece model, or has other special symbols than ours.
+    """
+    return _write(_load(bpe_model)[0], lang_dir)
+
+
+def _load(path: Path) -> Tuple[bytes, spm.SentencePieceProcessor]:
+    """Content and model of a bpe.model, with its special symbols checked."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError:
+        raise UserError(f"{path} cannot be read; make it with local/prepare_lang.py") from None
+    processor = spm.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(content)
+    except RuntimeError:
+        raise UserError(
+            f"{path} is not a sentencepiece model; make it again with local/prepare_lang.py"
+        ) from None
+    for symbol, expected in (("<blk>", BLANK_ID), ("<sos/eos>", SOS_EOS_ID), ("<unk>", UNK_ID)):
+        found = processor.piece_to_id(symbol)
+        if found != expected or processor.id_to_piece(expected) != symbol:
+            raise UserError(
+                f"{path}: {symbol} has id {found}, not {expected}; use local/prepare_lang.py's model"
+            )
+    return content, processor
+
+
+def _write(model: bytes, lang_dir: Path) -> Tokenizer:
     lang_dir = Path(lang_dir)
     processor = spm.SentencePieceProcessor(model_proto=model)
     pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
@@ -76,19 +93,6 @@ def train_bpe(texts: Iterable[str], lang_dir: Path, vocab_size: int) -> Tokenize
     with atomic_write(lang_dir / "bpe.model", "wb") as f:  # last: its presence says the folder is complete
         f.write(model)
     return Tokenizer(lang_dir)
-
-
-def check_same_tokenizer(expected_sha256: str, lang_dir: Path) -> None:
-    """Raise UserError unless `lang_dir`'s BPE model is the one with hash `expected_sha256`.
-
-    For a phase that learns from another one's token posteriors, or starts from its weights.
-    """
-    found = Tokenizer(lang_dir).sha256
-    if found != expected_sha256:
-        raise UserError(
-            f"{Path(lang_dir) / 'bpe.model'} has sha256 {found[:12]}, but sha256 {expected_sha256[:12]} is "
-            "expected: the token ids mean different things. Use the lang folder the model was trained with"
-        )
 
 
 def check_same_tokens(own_tokens: Path, other_tokens: Path) -> None:
@@ -103,8 +107,7 @@ def check_same_tokens(own_tokens: Path, other_tokens: Path) -> None:
             raise UserError(
                 f"{own_tokens} and {other_tokens} differ first at id {i}: {own.get(i, 'no token')} and "
                 f"{other.get(i, 'no token')} ({len(own)} and {len(other)} tokens). A student needs its "
-                "teacher's tokens: put the teacher's bpe.model and tokens.txt into the lang folder, or take "
-                "another teacher"
+                "teacher's tokens: give stage 1 its bpe.model (run.sh --bpe-model), or take another teacher"
             )
 
 
