@@ -124,7 +124,7 @@ class DistillConfig:
     frame_shift: int = 0  # encoder frames by which the student may be later than the teacher
     weighting: str = "uniform"  # uniform | occupancy
     normalise_by: str = "nodes"  # nodes | frames
-    utterances_at_once: int = 4  # lattice=full: a few, because its logits are U+1 wide
+    utterances_at_once: int = 1  # lattice=full: few, because the logits of every node are large
 
 
 @dataclass
