@@ -52,7 +52,7 @@ class Project:
     def run(self, *options: str, status: int = 0) -> str:
         """Output of run.sh; fails unless it ends with `status`."""
         done = subprocess.run(
-            self.command(*options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+            self.command(*options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
         )
         assert done.returncode == status, done.stdout
         return done.stdout
