@@ -9,12 +9,12 @@ usage() {
 usage: ./run.sh [--recipe NAME] [options]
 
   ./run.sh                                                    everything, on speech it makes itself (40 min, 2 cores)
-  ./run.sh --scale smoke                                      the same in two minutes, to see that all is there
+  ./run.sh --scale smoke                                      the same with tiny models, to see that all is there
   ./run.sh --controls 1                                       also the students without a teacher (70 min)
   ./run.sh --stage 2 --stop-stage 2 --set optim.lr=1e-3       one stage, with another setting
   ./run.sh --corpus mini_librispeech                          5 h of real speech, downloaded
   ./run.sh --corpus librispeech --full-libri 1 --scale full --nproc 8
-  ./run.sh --corpus-dir /speech/libri --train-parts "train-clean-5" --dev-parts dev-clean-2 --test-parts dev-clean-2
+  ./run.sh --corpus-dir /speech/libri --train-parts "train-clean-100" --dev-parts dev-clean --test-parts "test-clean test-other"
   ./run.sh --csv "train=train.csv dev=dev.csv test=test.csv" --corpus-name cars --vocab-size 300
 
 recipes: $recipes (default: two_pass)

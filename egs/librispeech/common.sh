@@ -19,9 +19,8 @@ fail() {
 
 # name=default. A name with a dash becomes a variable with an underscore. Switches may stand alone or take 0 or 1.
 value_options="stage=0 stop-stage= corpus=synthetic corpus-dir= corpus-name= csv= kaldi-dir= manifest-dir=
-  train-parts= dev-parts= test-parts= unlabelled-parts= bad-audio=error channel= text-norm=upper scale= vocab-size=
-  bpe-model= nproc=1
-  device=auto env="
+  train-parts= dev-parts= test-parts= unlabelled-parts= bad-audio=error channel= text-norm=upper scale=
+  vocab-size= bpe-model= nproc=1 device=auto env="
 switch_options="full-libri=0 resample=0 on-the-fly-feats=0 controls=0 force=0"
 
 # Known option nearest to $1 by edit distance, if it is near at all.
@@ -110,6 +109,7 @@ check_options() {
   # Stages run in the top folder of the project, while paths are given from where the user is.
   corpus_dir=$(absolute "$corpus_dir") manifest_dir=$(absolute "$manifest_dir")
   bpe_model=$(absolute "$bpe_model")
+  [ -z "$bpe_model" ] || [ -f "$bpe_model" ] || fail "--bpe-model $bpe_model is not there"
   csv=$(absolute $csv) kaldi_dir=$(absolute $kaldi_dir)
   is_named_corpus=1
   if [ "$sources" = 1 ] && { [ -z "$corpus_dir" ] || [[ $given != *" corpus "* ]]; }; then
@@ -353,17 +353,19 @@ data_fingerprint() {
 feature_fingerprint() {
   data_fingerprint
   echo "vocab_size=$vocab_size on_the_fly_feats=$on_the_fly_feats speed_perturb=$(config_value "$1" data.speed_perturb)"
-  [ -z "$bpe_model" ] || echo "bpe_model=$bpe_model $(cksum "$bpe_model" || true)"
+  [ -z "$bpe_model" ] || echo "bpe_model=$bpe_model $(cksum <"$bpe_model")"
 }
 # $1: phase; then those whose weights it begins with or learns from: trained anew, they make it begin anew.
 phase_fingerprint() {
   feature_fingerprint "$1"
   # Of this phase's settings only, without comments: a new phase beside it is no reason to train this one again.
-  local base sets other
+  local base sets other file
   select_sets "$1"
   base=$(sed -n 's/^base: *//p' "$conf_dir/$1.yaml")
   echo "phase=$1 set=${sets[*]-}" \
     "config=$(cat "$conf_dir/$1.yaml" ${base:+"$conf_dir/$base"} | sed 's/ *#.*//; /^$/d' | cksum)"
+  file=$(config_value "$1" teacher.torchscript)
+  [ -z "$file" ] || echo "$file $(cksum <"$file")"
   for other in "${@:2}"; do
     echo "$other $(training_ended "$other")"
   done
@@ -377,6 +379,14 @@ decode_fingerprint() {
   echo "methods=$2"
   phase_fingerprint "$1"
   training_ended "$1"
+}
+# Whether phase $1 is trained, and those it began with and learnt from, $2..., are still the ones that are there now.
+is_current() {
+  local parent
+  [ -e "$exp_root/$1/.done" ] || return 1
+  for parent in "${@:2}"; do
+    grep -qxF "$parent $(training_ended "$parent")" "$exp_root/$1/.done" || return 1
+  done
 }
 
 # What prepare_manifests.py is told about the parts and the checks; lists are split on purpose.
@@ -422,7 +432,8 @@ require_trained() {
   [ -e "$exp_root/$1/.done" ] || fail "$exp_root/$1 is not trained; run its stage first (./run.sh --help)"
 }
 
-# Trains one phase: conf/<scale>/<phase>.yaml -> exp/<corpus>-<scale>/<phase>/. More arguments go to train.py.
+# Trains one phase: conf/<scale>/<phase>.yaml -> exp/<corpus>-<scale>/<phase>/. More arguments go to train.py, before
+# the user's --set, which have the last word.
 train_phase() {
   local phase=$1 dev train launcher=(python)
   shift
@@ -437,25 +448,42 @@ train_phase() {
   if [ "$redo" = 1 ] && [ -d "$exp_root/$phase" ]; then args+=(--restart); fi
   local sets
   select_sets "$phase"
-  run "${launcher[@]}" local/train.py "${args[@]}" ${sets[@]+"${sets[@]}"} "$@"
+  run "${launcher[@]}" local/train.py "${args[@]}" "$@" ${sets[@]+"${sets[@]}"}
 }
 
-# Decodes the test parts with a phase. $1: phase; $2: methods, commas between them. A LAS is tuned on the dev part.
-decode_phase() {
-  local methods=$2 test dev args=()
-  test=$(parts_of test) dev=$(parts_of dev)
-  [ -n "$test" ] || fail "the corpus has no test part; name one with --test-parts and run stage 0 again"
+# The part that the second pass is tuned on: the first one to validate on that is not to test on as well.
+tune_part() {
+  local part test
+  test=" $(parts_of test) "
+  for part in $(parts_of dev); do
+    if [[ $test != *" $part "* ]]; then echo "$part"; return 0; fi
+  done
+  fail "the second pass has to be tuned on speech that it is not tested on: name a part with --dev-parts that is not" \
+    "among --test-parts, and run stage 0 again"
+}
+
+# The methods $1, commas between them, that this environment and phase $2 can do.
+possible_methods() {
+  local methods=$1
   if [[ $methods == *fast_beam* ]] && ! python -c "import k2" >/dev/null 2>&1; then
     methods=${methods/fast_beam_search_nbest_las_rescore/modified_beam_search_las_rescore}
     methods=$(tr ',' '\n' <<<"$methods" | grep -v '^fast_beam' | paste -sd, -)
     log "no k2 in this environment: leaving out the fast_beam_search methods (python3 tools/check_env.py says more)"
   fi
-  if [ "$(config_value "$1" model.encoder.chunk_size)" != 0 ]; then methods+=,streaming_greedy_search; fi
-  if [[ $methods == *_las_rescore* ]]; then
-    [ -n "$dev" ] || fail "the corpus has no part to tune the second pass on; name one with --dev-parts (stage 0 again)"
-    args+=(--tune-part "${dev%% *}")
+  if [ "$(config_value "$2" model.encoder.chunk_size)" != 0 ]; then methods+=,streaming_greedy_search; fi
+  echo "$methods"
+}
+
+# Decodes the test parts with a phase. $1: phase; $2: methods, commas between them.
+decode_phase() {
+  local test tune args=()
+  test=$(parts_of test)
+  [ -n "$test" ] || fail "the corpus has no test part; name one with --test-parts and run stage 0 again"
+  if [[ $2 == *_las_rescore* ]]; then
+    tune=$(tune_part)
+    args+=(--tune-part "$tune")
   fi
-  run python local/decode.py --exp-dir "$exp_root/$1" --use-averaged-model --decoding-method "$methods" \
+  run python local/decode.py --exp-dir "$exp_root/$1" --use-averaged-model --decoding-method "$2" \
     --test-parts "${test// /,}" --device "$device" ${args[@]+"${args[@]}"}
 }
 

@@ -141,7 +141,7 @@ def test_downloads_skip_what_is_there_and_finish_what_was_cut_short(tmp_path, mo
         "lhotse.recipes.download_librispeech", lambda folder, dataset_parts: asked.extend(dataset_parts)
     )
     (tmp_path / "LibriSpeech" / "train-clean-5").mkdir(parents=True)  # the user's own copy
-    corpora.download("mini_librispeech", ["train-clean-5", "dev-clean-2"], tmp_path)
+    corpora.download("mini_librispeech", corpora.NAMED_PARTS["mini_librispeech"].all(), tmp_path)
     assert asked == ["dev-clean-2"]
     (tmp_path / "train-clean-5.tar.gz").touch()  # a download of ours, killed while unpacking
     corpora.download("mini_librispeech", ["train-clean-5"], tmp_path)
@@ -149,6 +149,16 @@ def test_downloads_skip_what_is_there_and_finish_what_was_cut_short(tmp_path, mo
     (tmp_path / "LibriSpeech" / "train-clean-5" / ".completed").touch()
     corpora.download("mini_librispeech", ["train-clean-5"], tmp_path)
     assert asked == ["dev-clean-2", "train-clean-5"]
+
+
+def test_mini_librispeech_is_tested_on_other_speakers_than_it_is_tuned_on(tmp_path):
+    for speaker in ("10", "11", "12", "9"):
+        chapter = tmp_path / "dev-clean-2" / speaker / "1"
+        chapter.mkdir(parents=True)
+        (chapter / f"{speaker}-1.trans.txt").write_text(f"{speaker}-1-0000 SOME WORDS\n")
+    parts = corpora.NAMED_PARTS["mini_librispeech"]
+    dev, test = ([u.speaker for u in corpora.read_librispeech_part(tmp_path, p)] for p in parts.dev + parts.test)
+    assert (dev, test) == (["10", "12"], ["11", "9"])
 
 
 def test_a_download_without_room_is_not_begun(tmp_path, monkeypatch):

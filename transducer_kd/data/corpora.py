@@ -45,11 +45,12 @@ class PartNames:
         return list(dict.fromkeys(self.train + self.unlabelled + self.dev + self.test))
 
 
-# The corpora that have names. mini LibriSpeech has no test part: its development part serves, and the reports
-# say so.
+# mini LibriSpeech has no test part: every other speaker of its development part is kept for testing.
+SPEAKER_HALVES = {"dev-clean-2-dev": ("dev-clean-2", 0), "dev-clean-2-test": ("dev-clean-2", 1)}
+# The corpora that have names.
 NAMED_PARTS: Dict[str, PartNames] = {
     "synthetic": PartNames(["train"], ["dev"], ["test-clean", "test-other"], ["unlabelled"]),
-    "mini_librispeech": PartNames(["train-clean-5"], ["dev-clean-2"], ["dev-clean-2"]),
+    "mini_librispeech": PartNames(["train-clean-5"], ["dev-clean-2-dev"], ["dev-clean-2-test"]),
     "librispeech": PartNames(["train-clean-100"], ["dev-clean", "dev-other"], ["test-clean", "test-other"]),
 }
 FULL_LIBRI_PARTS = ["train-clean-360", "train-other-500"]
@@ -89,12 +90,13 @@ def guess_roles(parts: Sequence[str]) -> PartNames:
 
 def read_librispeech_part(corpus_dir: Path, part: str) -> List[Utterance]:
     """`<corpus_dir>/<part>/<speaker>/<chapter>/<speaker>-<chapter>.trans.txt` with lines `UTT TEXT` and
-    UTT.flac.
+    UTT.flac. A part of SPEAKER_HALVES holds every other speaker of a folder, in the order of their names.
     """
-    folder = Path(corpus_dir) / part
+    folder_name, half = SPEAKER_HALVES.get(part, (part, None))
+    folder = Path(corpus_dir) / folder_name
     if not folder.is_dir():
         there = sorted(d.name for d in Path(corpus_dir).glob("*") if d.is_dir())
-        raise UserError(f"there is no part {part} in {corpus_dir}; parts there: {', '.join(there) or 'none'}")
+        raise UserError(f"there is no part {folder_name} in {corpus_dir}; parts there: {', '.join(there) or 'none'}")
     utterances = []
     for transcripts in sorted(folder.rglob("*.trans.txt")):
         for line in read_lines(transcripts):
@@ -111,6 +113,9 @@ def read_librispeech_part(corpus_dir: Path, part: str) -> List[Utterance]:
             utterances.append(Utterance(utterance_id, utterance_id, audio, text.strip(), speaker))
     if not utterances:
         raise UserError(f"{folder} has no transcripts (<speaker>/<chapter>/*.trans.txt)")
+    if half is not None:
+        speakers = sorted({u.speaker for u in utterances})[half::2]
+        utterances = [u for u in utterances if u.speaker in speakers]
     return utterances
 
 
@@ -229,7 +234,7 @@ def download(corpus: str, parts: Sequence[str], download_dir: Path) -> Path:
     download_dir = Path(download_dir)
     corpus_dir = download_dir / "LibriSpeech"
     missing = []
-    for part in parts:
+    for part in dict.fromkeys(SPEAKER_HALVES.get(part, (part, None))[0] for part in parts):
         unpacked, marked = (corpus_dir / part).is_dir(), (corpus_dir / part / ".completed").exists()
         if unpacked and (marked or not (download_dir / f"{part}.tar.gz").exists()):
             logging.info("%s is there already: %s", part, corpus_dir / part)

@@ -3,7 +3,7 @@
 # three stages of distillation. Stage 2: the teacher's transducer, then its LAS. Stage 3: the student's transducer learns
 # from the teacher's lattice. Stage 4: the student's LAS learns from the teacher's, all else frozen. Stage 5: both passes
 # of the student together. Stage 6: every phase decoded, rescored and reported. --controls 1: stages 3 to 5 once more
-# without a teacher, for the same updates.
+# without a teacher, for the same updates, and stage 5 of the distilled student without the teacher.
 #
 #   ./run.sh --stage 0 --stop-stage 6 [options]      from the top of the repository; ./run.sh --help lists the options
 recipe=two_pass
@@ -17,61 +17,75 @@ parse_options "$@"
 
 # Trained phases, in order: each is conf/<scale>/<phase>.yaml and exp/<corpus>-<scale>/<phase>/.
 phases="teacher teacher_las student student_las finetune"
-if [ "$controls" = 1 ]; then phases+=" student_control student_las_control finetune_control"; fi
+if [ "$controls" = 1 ]; then phases+=" student_control student_las_control finetune_control finetune_nokd"; fi
 # Whose weights a phase begins with, and who teaches it.
 declare -A begins_with=([teacher_las]=teacher [student_las]=student [finetune]=student_las
-  [student_las_control]=student_control [finetune_control]=student_las_control)
+  [student_las_control]=student_control [finetune_control]=student_las_control [finetune_nokd]=student_las)
 declare -A learns_from=([student]=teacher [student_las]=teacher_las [finetune]=teacher_las)
 
 activate_environment
 prepare_paths
 check_configs $phases
 
-# $1: phase
+# The phases that phase $1 begins with and learns from; a teacher that the user names with --set is none of them.
+parents() {
+  local teacher=${learns_from[$1]:-} kind dir
+  kind=$(config_value "$1" teacher.kind) dir=$(config_value "$1" teacher.exp_dir)
+  if [ "$kind" != exp_dir ] || [ -n "$dir" ]; then teacher=""; fi
+  echo "${begins_with[$1]:-} $teacher"
+}
+
+# $1: phase; $2...: its parents
 train() {
-  local from=${begins_with[$1]:-} teacher=${learns_from[$1]:-} args=()
-  if [ -n "$from" ]; then
-    require_trained "$from"
-    args+=(--set "init.exp_dir=$exp_root/$from")
-  fi
-  # Somebody else's teacher, --set PHASE:teacher.kind=torchscript, has no folder here.
-  if [ -n "$teacher" ] && [ "$(config_value "$1" teacher.kind)" = exp_dir ]; then
-    require_trained "$teacher"
-    args+=(--set "teacher.exp_dir=$exp_root/$teacher")
-  fi
-  train_phase "$1" ${args[@]+"${args[@]}"}
+  local phase=$1 from=${begins_with[$1]:-} parent args=()
+  for parent in "${@:2}"; do
+    require_trained "$parent"
+    if [ "$parent" = "$from" ]; then
+      args+=(--set "init.exp_dir=$exp_root/$parent")
+    else
+      args+=(--set "teacher.exp_dir=$exp_root/$parent")
+    fi
+  done
+  train_phase "$phase" ${args[@]+"${args[@]}"}
 }
 
 # run_stage for the phases $2... of stage $1, those of them that were asked for.
 train_stage() {
-  local number=$1 phase
-  shift
-  for phase in "$@"; do
+  local number=$1 phase others
+  if [ "$number" -lt "$stage" ] || [ "$number" -gt "$stop_stage" ]; then return 0; fi
+  for phase in "${@:2}"; do
     [[ " $phases " == *" $phase "* ]] || continue
-    run_stage "$number" "$phase" "$exp_root/$phase/.done" \
-      "$(phase_fingerprint "$phase" ${begins_with[$phase]:-} ${learns_from[$phase]:-})" train "$phase"
+    others=$(parents "$phase")
+    run_stage "$number" "$phase" "$exp_root/$phase/.done" "$(phase_fingerprint "$phase" $others)" \
+      train "$phase" $others
   done
 }
 
-# $1: phase
-decode_methods() {
-  local more=""
-  if [ "$(config_value "$1" model.las.enabled)" = True ]; then more=,${first_pass}_las_rescore; fi
-  echo "$methods$more"
+# Decodes what is trained, also when later stages have not run.
+decode_stage() {
+  local phase these done=0
+  for phase in $phases; do
+    if ! is_current "$phase" $(parents "$phase"); then
+      [ ! -e "$exp_root/$phase/.done" ] ||
+        log "Stage 6: $phase began with or learnt from weights that were trained anew since: run its stage; not decoded"
+      continue
+    fi
+    these=$methods
+    if [ "$(config_value "$phase" model.las.enabled)" = True ]; then these+=,${first_pass}_las_rescore; fi
+    these=$(possible_methods "$these" "$phase")
+    run_stage 6 "decode $phase" "$exp_root/$phase/.done-decode" "$(decode_fingerprint "$phase" "$these")" \
+      decode_phase "$phase" "$these"
+    done=1
+  done
+  [ "$done" = 1 ] || fail "$exp_root holds no trained phase; run stage 2 first"
 }
 
 run_stage 0 "corpus and manifests" "$manifests_dir/.done" "$(data_fingerprint)" stage_data
 run_stage 1 "features and BPE" "$fbank_dir/.done-$vocab_size" "$(feature_fingerprint teacher)" stage_features teacher
+if [ "$stop_stage" -ge 2 ]; then tune_part >/dev/null; fi
 train_stage 2 teacher teacher_las
 train_stage 3 student student_control
 train_stage 4 student_las student_las_control
-train_stage 5 finetune finetune_control
-
-# Whatever is trained is decoded, also when later stages have not run.
-for phase in $phases; do
-  if [ "$stop_stage" -lt 6 ] || [ ! -e "$exp_root/$phase/.done" ]; then continue; fi
-  these=$(decode_methods "$phase")
-  run_stage 6 "decode $phase" "$exp_root/$phase/.done-decode" "$(decode_fingerprint "$phase" "$these")" \
-    decode_phase "$phase" "$these"
-done
+train_stage 5 finetune finetune_control finetune_nokd
+if [ "$stop_stage" -ge 6 ]; then decode_stage; fi
 run_stage 6 "report" "" "" stage_report
