@@ -81,49 +81,45 @@ def read_mark(path: Path) -> Any:
         ) from None
 
 
-def take(bpe_model: Path, lang_dir: Path, vocab_size: int) -> int:
-    """Make the lang folder of a BPE model that was trained elsewhere."""
-    from transducer_kd.data.tokenizer import import_bpe
+def sha256_of_model(lang_dir: Path) -> str:
+    """sha256 of the bpe.model in a lang folder; empty where there is none."""
+    path = lang_dir / "bpe.model"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
-    tokenizer = import_bpe(bpe_model, lang_dir)
-    if tokenizer.vocab_size != vocab_size:
-        raise UserError(
-            f"{bpe_model} has {tokenizer.vocab_size} pieces: say --vocab-size {tokenizer.vocab_size}"
+
+def report(lang_dir: Path, tokenizer: Any, source: str, before: str) -> None:
+    """Say what was made; before: the sha256 of the model that was there."""
+    if before not in ("", tokenizer.sha256):
+        logging.warning(
+            "%s held another model; what was trained with that needs it and will refuse this one", lang_dir
         )
-    (lang_dir / "lang.json").unlink(missing_ok=True)  # what another model here was made from
-    logging.info("%s: %d pieces of %s, sha256 %s", lang_dir, vocab_size, bpe_model, tokenizer.sha256[:12])
-    return 0
+    logging.info(
+        "%s: %d pieces from %s, sha256 %s", lang_dir, tokenizer.vocab_size, source, tokenizer.sha256[:12]
+    )
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parse_arguments(argv)
     setup_logging()
-    from transducer_kd.data.tokenizer import Tokenizer, train_bpe
+    from transducer_kd.data.tokenizer import import_bpe, train_bpe
 
+    before, mark = sha256_of_model(args.lang_dir), args.lang_dir / "lang.json"
     if args.bpe_model:
-        return take(args.bpe_model, args.lang_dir, args.vocab_size)
+        tokenizer = import_bpe(args.bpe_model, args.lang_dir, args.vocab_size)
+        mark.unlink(missing_ok=True)  # what another model here was made from
+        report(args.lang_dir, tokenizer, str(args.bpe_model), before)
+        return 0
     if not (args.parts or args.text or args.kaldi_text):
         raise UserError("nothing to learn from: pass --manifests-dir with --parts, --text or --kaldi-text")
     texts: List[str] = list(read_texts(args))
     digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     wanted = {"vocab_size": args.vocab_size, "text_sha256": digest}
-    mark = args.lang_dir / "lang.json"
-    if (args.lang_dir / "bpe.model").exists() and mark.exists():
-        if read_mark(mark) == {**wanted, "sha256": Tokenizer(args.lang_dir).sha256}:
-            logging.info("%s is up to date", args.lang_dir)
-            return 0
-        logging.warning(
-            "%s was made from other text; models trained with it need it and will refuse the new one", mark
-        )
+    if before and mark.exists() and read_mark(mark) == {**wanted, "sha256": before}:
+        logging.info("%s is up to date", args.lang_dir)
+        return 0
     tokenizer = train_bpe(texts, args.lang_dir, args.vocab_size)
     write_json(mark, {**wanted, "sha256": tokenizer.sha256})
-    logging.info(
-        "%s: %d pieces from %d lines, sha256 %s",
-        args.lang_dir,
-        tokenizer.vocab_size,
-        len(texts),
-        tokenizer.sha256[:12],
-    )
+    report(args.lang_dir, tokenizer, f"{len(texts)} lines", before)
     return 0
 
 

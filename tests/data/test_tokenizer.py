@@ -1,6 +1,7 @@
 import hashlib
 
 import pytest
+import sentencepiece
 
 from transducer_kd.data.tokenizer import Tokenizer, check_same_tokens, import_bpe, train_bpe
 from transducer_kd.log import UserError
@@ -60,19 +61,53 @@ def test_no_text_at_all(tmp_path):
 
 
 def test_a_model_from_elsewhere_makes_the_same_lang_folder(lang_dir, tmp_path):
-    taken = import_bpe(lang_dir / "bpe.model", tmp_path / "lang")
+    taken = import_bpe(lang_dir / "bpe.model", tmp_path / "lang", 40)
     assert taken.sha256 == Tokenizer(lang_dir).sha256
     for name in ("tokens.txt", "bpe.vocab"):
         assert (tmp_path / "lang" / name).read_bytes() == (lang_dir / name).read_bytes()
 
 
-def test_a_model_from_elsewhere_that_is_none_leaves_no_folder(tmp_path):
-    (tmp_path / "other.model").write_bytes(b"not a model")
-    with pytest.raises(UserError, match="other.model is not a sentencepiece model"):
-        import_bpe(tmp_path / "other.model", tmp_path / "lang")
-    with pytest.raises(UserError, match="gone.model cannot be read"):
-        import_bpe(tmp_path / "gone.model", tmp_path / "lang")
-    assert not (tmp_path / "lang").exists()
+def test_a_model_from_elsewhere_that_does_not_fit_leaves_the_folder_as_it_was(lang_dir, tmp_path):
+    """And the error does not send the user to train another one."""
+    other, lang = tmp_path / "other.model", tmp_path / "lang"
+    train_bpe(LINES, lang, 38)
+    before = {path.name: path.read_bytes() for path in lang.iterdir()}
+
+    def refused(*words):
+        with pytest.raises(UserError) as error:
+            import_bpe(other, lang, 38)
+        assert all(word in str(error.value) for word in (str(other), *words)), str(error.value)
+        assert {path.name: path.read_bytes() for path in lang.iterdir()} == before
+        return str(error.value)
+
+    missing = refused("cannot be read", "name the bpe.model that the teacher was trained with")
+    other.write_bytes(b"not a model")
+    broken = refused("is not a sentencepiece model", "name the bpe.model")
+    with other.open("wb") as f:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(LINES), model_writer=f, vocab_size=38, model_type="bpe", minloglevel=2
+        )
+    foreign = refused("begins with <unk> <s> </s> and not", "with <blk> <sos/eos> <unk>; name the bpe.model")
+    assert not any("prepare_lang" in message for message in (missing, broken, foreign))
+    other.write_bytes((lang_dir / "bpe.model").read_bytes())
+    refused("has 40 pieces, not 38; say --vocab-size 40")
+
+
+def test_the_program_takes_a_model_and_warns_where_it_replaces_another(lang_dir, tmp_path, run_program):
+    def make(*options):
+        outcome = run_program("prepare_lang", "--lang-dir", tmp_path / "lang", *options)
+        assert outcome.status == 0, outcome.lines
+        return "held another model" in " ".join(outcome.lines)
+
+    (tmp_path / "text").write_text("\n".join(LINES[:2]))
+    train = ("--text", tmp_path / "text", "--vocab-size", 24)
+    take = ("--bpe-model", lang_dir / "bpe.model", "--vocab-size", 40)
+    replaced = [make(*options) for options in (train, train, take, take, train)]
+    assert replaced == [False, False, True, False, True]
+    assert Tokenizer(tmp_path / "lang").vocab_size == 24
+    wrong = run_program("prepare_lang", "--lang-dir", tmp_path / "lang", *take[:-1], 39)
+    assert (wrong.status, len(wrong.lines)) == (1, 1) and "say --vocab-size 40" in wrong.lines[0]
+    assert Tokenizer(tmp_path / "lang").vocab_size == 24
 
 
 def test_missing_and_foreign_models(tmp_path):

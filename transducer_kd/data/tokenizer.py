@@ -16,6 +16,7 @@ import sentencepiece as spm
 from transducer_kd.log import UserError, atomic_write
 
 BLANK_ID, SOS_EOS_ID, UNK_ID = 0, 1, 2
+_SPECIAL = ["<blk>", "<sos/eos>", "<unk>"]
 
 
 class Tokenizer:
@@ -52,33 +53,37 @@ def train_bpe(texts: Iterable[str], lang_dir: Path, vocab_size: int) -> Tokenize
     return _write(_train(lines, vocab_size, hard_limit=True), lang_dir)
 
 
-def import_bpe(bpe_model: Path, lang_dir: Path) -> Tokenizer:
+def import_bpe(bpe_model: Path, lang_dir: Path, vocab_size: int) -> Tokenizer:
     """Write a lang folder from a BPE model that was trained elsewhere, such as icefall's: for its teacher.
 
-    UserError where the file is missing, no sentencepiece model, or has other special symbols than ours.
+    UserError, and nothing is written, where the file is missing, no sentencepiece model, or has other special
+    symbols than ours or another number of pieces than `vocab_size`.
     """
-    return _write(_load(bpe_model)[0], lang_dir)
+    content, processor = _load(bpe_model, "name the bpe.model that the teacher was trained with")
+    found = processor.get_piece_size()
+    if found != vocab_size:
+        raise UserError(f"{bpe_model} has {found} pieces, not {vocab_size}; say --vocab-size {found}")
+    return _write(content, lang_dir)
 
 
-def _load(path: Path) -> Tuple[bytes, spm.SentencePieceProcessor]:
-    """Content and model of a bpe.model, with its special symbols checked."""
+def _load(
+    path: Path, mend: str = "make it with local/prepare_lang.py"
+) -> Tuple[bytes, spm.SentencePieceProcessor]:
+    """Content and model of a bpe.model, with its special symbols checked. mend: what errors say to do."""
     try:
         content = Path(path).read_bytes()
     except OSError:
-        raise UserError(f"{path} cannot be read; make it with local/prepare_lang.py") from None
+        raise UserError(f"{path} cannot be read; {mend}") from None
     processor = spm.SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(content)
     except RuntimeError:
+        raise UserError(f"{path} is not a sentencepiece model; {mend}") from None
+    first = [processor.id_to_piece(i) for i in range(min(len(_SPECIAL), processor.get_piece_size()))]
+    if first != _SPECIAL:
         raise UserError(
-            f"{path} is not a sentencepiece model; make it again with local/prepare_lang.py"
-        ) from None
-    for symbol, expected in (("<blk>", BLANK_ID), ("<sos/eos>", SOS_EOS_ID), ("<unk>", UNK_ID)):
-        found = processor.piece_to_id(symbol)
-        if found != expected or processor.id_to_piece(expected) != symbol:
-            raise UserError(
-                f"{path}: {symbol} has id {found}, not {expected}; use local/prepare_lang.py's model"
-            )
+            f"{path} begins with {' '.join(first)} and not, as icefall's, with {' '.join(_SPECIAL)}; {mend}"
+        )
     return content, processor
 
 
