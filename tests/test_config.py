@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from transducer_kd import config as config_module
+from transducer_kd import config_checks
 from transducer_kd.config import PhaseConfig, from_dict, load_config, to_dict
 from transducer_kd.log import UserError
 
@@ -154,7 +154,8 @@ LAS = ["model.las.enabled=true"]
         ),
         (["two_pass.rnnt_weight=1.5"], r"two_pass\.rnnt_weight=1\.5 must be in \[0, 1\]"),
         (["two_pass.las_kd_weight=-0.1"], r"must be in \[0, 1\]"),
-        (["two_pass.mwer_nbest=0"], "must be greater than 0"),
+        (["two_pass.mwer_nbest=1"], "must be 2 or more"),
+        (["init.exp_dir=a", "init.epoch=-1"], "init.use_averaged_model=false"),
         (["distill.temperature=0"], "must be greater than 0"),
         (["distill.frame_shift=-1"], "must be 0 or more"),
         (["distill.utterances_at_once=0"], "must be greater than 0"),
@@ -191,5 +192,5 @@ def test_every_number_has_a_range():
             elif any(type(v) in (int, float) for v in (value if isinstance(value, list) else [value])):
                 yield prefix + field.name
 
-    listed = [key for keys in config_module._RANGES.values() for key in keys.split()]
+    listed = [key for keys in config_checks._RANGES.values() for key in keys.split()]
     assert sorted(listed) == sorted(numbers(PhaseConfig()))

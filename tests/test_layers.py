@@ -17,7 +17,8 @@ PACKAGE = "transducer_kd"
 # and a subpackage may import itself.
 EVERYBODY = ("config", "log")
 MAY_IMPORT = {
-    "config": (),
+    "config": ("config_checks",),
+    "config_checks": (),
     "log": (),
     # L1, independent of each other
     "data": (),

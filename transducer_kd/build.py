@@ -53,8 +53,8 @@ def build_objective(
     UserError where the teacher or the first weights are missing or do not fit.
     """
     model, origins = build_model(config, tokenizer.vocab_size), {}
-    if config.objective == "las":
-        _require(config.init.exp_dir, "init.exp_dir", "the phase whose first pass stays as it is")
+    if config.objective in ("las", "two_pass"):
+        _require(config.init.exp_dir, "init.exp_dir", "the trained phase to begin with")
     if config.init.exp_dir:
         origins["init"] = _start_from(model, config.init, tokenizer)
     teacher = None
@@ -91,12 +91,12 @@ def build_teacher(config: cfg.TeacherConfig, tokenizer: Tokenizer) -> Tuple[Froz
         _require(config.tokens, "teacher.tokens", "the tokens.txt that it was trained with")
         check_same_tokens(tokenizer.path.parent / "tokens.txt", Path(config.tokens))
         model, checkpoint = load_scripted(Path(config.torchscript)), "torchscript"
+    path = config.exp_dir if config.kind == "exp_dir" else config.torchscript
     if model.vocab_size != tokenizer.vocab_size:
         raise UserError(
-            f"the teacher {config.torchscript or config.exp_dir} has {model.vocab_size} classes and the "
+            f"the teacher {path} has {model.vocab_size} classes and the "
             f"student {tokenizer.vocab_size}; they need the same BPE model"
         )
-    path = config.exp_dir if config.kind == "exp_dir" else config.torchscript
     return Frozen(model), _origin(path, checkpoint, model.state_dict())
 
 
@@ -129,7 +129,8 @@ def _start_from(model: Transducer, init: cfg.InitConfig, tokenizer: Tokenizer) -
         )
     state = {k: v.to(reference[k].dtype) for k, v in state.items() if k in reference}
     model.load_state_dict({**reference, **state})
-    logging.info("begun from %s of %s", checkpoint, init.exp_dir)
+    fresh = sorted({_part(k) for k in reference} - {_part(k) for k in state})
+    logging.info("begun from %s of %s; fresh: %s", checkpoint, init.exp_dir, " ".join(fresh) or "nothing")
     return _origin(init.exp_dir, checkpoint, state)
 
 
@@ -179,7 +180,7 @@ class Validator:
                 sums[name] = sums.get(name, 0.0) + float(value)
             if not images:
                 images = objective.images(batch, step)
-            if len(texts) < self.num_utterances:
+            if len(texts) < self.num_utterances and objective.trains_first_pass:
                 texts += self._decode(objective.model, batch)
         if not frames:
             raise UserError(
@@ -212,7 +213,7 @@ def load_model(
     """
     exp_dir = Path(exp_dir)
     if not exp_dir.is_dir():
-        raise UserError(f"there is no experiment folder {exp_dir}; train the phase first (run.sh --stage 2)")
+        raise UserError(f"there is no experiment folder {exp_dir}; train the phase first (run.sh)")
     state, content, name = ckpt.select_weights(exp_dir, epoch, avg, use_averaged_model)
     config = cfg.from_dict(content["config"], str(exp_dir))
     config.data.lang_dir = lang_dir or config.data.lang_dir

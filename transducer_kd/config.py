@@ -11,7 +11,6 @@ after 4x subsampling).
 
 import dataclasses
 import difflib
-import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import yaml
 
+from transducer_kd.config_checks import check_values
 from transducer_kd.log import UserError
 
 
@@ -116,14 +116,15 @@ class TeacherConfig:
 class DistillConfig:
     """Soft-target distillation on the nodes of the transducer's lattice (losses/distill.py)."""
 
-    weight: float = 0.0  # beta of L = L_rnnt + beta L_kd, both a mean per encoder frame
+    # beta of L = L_rnnt + beta L_kd, both a mean per encoder frame; in objective two_pass times lambda.
+    weight: float = 0.0
     lattice: str = "pruned"  # pruned | full
     ranges_from: str = "student"  # student | teacher: whose simple loss prunes; the other one's is not used
     form: str = "full"  # full | collapsed
     temperature: float = 1.0
     frame_shift: int = 0  # encoder frames by which the student may be later than the teacher
     weighting: str = "uniform"  # uniform | occupancy
-    normalise_by: str = "nodes"  # nodes | frames
+    normalise_by: str = "nodes"  # nodes | frames; a weighted mean, as by occupancy, is the same with both
     utterances_at_once: int = 1  # lattice=full: few, because the logits of every node are large
 
 
@@ -242,7 +243,7 @@ def load_config(path: Optional[Path], overrides: Sequence[str] = ()) -> PhaseCon
         if not eq:
             raise UserError(f"--set {item}: write it as section.key=value, e.g. --set optim.lr=1e-3")
         _assign(config, key.strip(), text)
-    _check_values(config, origin)
+    check_values(config, origin)
     return config
 
 
@@ -254,145 +255,6 @@ def from_dict(tree: Dict[str, Any], origin: str = "config") -> PhaseConfig:
 def to_dict(config: Any) -> Dict[str, Any]:
     """Nested dicts of plain types: fit for JSON and for a checkpoint loaded with weights_only=True."""
     return dataclasses.asdict(config)
-
-
-_CHOICES = {
-    "objective": ("transducer", "distill", "las", "two_pass"),
-    "teacher.kind": ("none", "exp_dir", "torchscript"),
-    "distill.lattice": ("pruned", "full"),
-    "distill.ranges_from": ("student", "teacher"),
-    "distill.form": ("full", "collapsed"),
-    "distill.weighting": ("uniform", "occupancy"),
-    "distill.normalise_by": ("nodes", "frames"),
-    "model.decoder.kind": ("stateless", "lstm"),
-    "loss.backend": ("auto", "k2", "fast_rnnt", "torch"),
-    "optim.schedule": ("cosine", "linear", "constant"),
-    "train.precision": ("fp32", "bf16", "fp16"),
-}
-# What a number, or each number of a list, may be: [ and ] include the limit, ( and ) do not.
-_RANGES = {
-    "(0, inf)": "model.encoder.num_layers model.encoder.encoder_dim model.encoder.num_heads "
-    "model.encoder.feedforward_dim model.encoder.subsampling_channels model.encoder.cnn_module_kernel "
-    "model.decoder.decoder_dim model.decoder.context_size model.decoder.num_layers model.joiner_dim "
-    "model.las.decoder_dim model.las.num_layers model.las.attention_dim model.las.num_heads "
-    "loss.s_range data.max_duration_s data.max_cut_s data.num_buckets optim.lr optim.eps optim.clip_norm "
-    "train.max_steps train.accumulate train.log_every train.valid_every train.save_every train.keep_last "
-    "train.keep_epochs train.average_period init.avg teacher.avg distill.temperature "
-    "distill.utterances_at_once two_pass.las_kd_temperature two_pass.mwer_nbest",
-    "[0, inf)": "model.encoder.chunk_size model.encoder.left_context model.las.num_encoder_layers "
-    "loss.simple_loss_scale loss.warm_step "
-    "loss.ctc_weight spec_augment.num_time_masks spec_augment.max_time_mask_frames "
-    "spec_augment.num_feature_masks spec_augment.max_feature_mask_bins data.min_cut_s data.num_workers "
-    "distill.weight distill.frame_shift two_pass.mwer_weight "
-    "optim.weight_decay optim.warmup_steps train.num_threads train.valid_wer_utterances train.max_nonfinite",
-    "[0, 1)": "model.encoder.dropout model.decoder.dropout model.las.dropout model.las.label_smoothing "
-    "optim.betas",
-    "[-1, inf)": "init.epoch teacher.epoch",
-    "[0, 1]": "loss.lm_scale loss.am_scale spec_augment.max_time_mask_fraction data.musan_prob "
-    "optim.final_lr_ratio two_pass.rnnt_weight two_pass.las_kd_weight",
-    "[0, 2147483648)": "data.seed train.seed",
-    "(-inf, inf)": "data.musan_snr_db",
-    "[80, 80]": "model.encoder.feature_dim",
-}
-_IN_WORDS = {"(0, inf)": "greater than 0", "[0, inf)": "0 or more", "[80, 80]": "80, as the features are"}
-_ADVICE = {"optim.clip_norm": "; a large number clips nothing"}
-
-
-def _check_values(config: PhaseConfig, origin: str) -> None:
-    for key, choices in _CHOICES.items():
-        value = _lookup(config, key)
-        if value not in choices:
-            raise UserError(f"{origin}: {key}={value!r} is not one of {', '.join(choices)}")
-    for interval, keys in _RANGES.items():
-        for key in keys.split():
-            _check_range(key, _lookup(config, key), interval, origin)
-    for key in ("optim.betas", "data.musan_snr_db"):
-        if len(_lookup(config, key)) != 2:
-            raise UserError(f"{origin}: {key}={_lookup(config, key)} must be two numbers")
-    low, high = config.data.musan_snr_db
-    if low > high:
-        raise UserError(
-            f"{origin}: data.musan_snr_db=[{low:g}, {high:g}] must be the lowest, then the highest"
-        )
-    if config.loss.lm_scale + config.loss.am_scale >= 1:
-        raise UserError(
-            f"{origin}: loss.lm_scale={config.loss.lm_scale} and loss.am_scale={config.loss.am_scale} must "
-            "add up to less than 1: the rest is the weight of the joint probabilities"
-        )
-    if config.data.max_cut_s <= config.data.min_cut_s:
-        raise UserError(
-            f"{origin}: data.max_cut_s={config.data.max_cut_s} must be greater than "
-            f"data.min_cut_s={config.data.min_cut_s}: no cut is left to train on"
-        )
-    _check_objective(config, origin)
-    _check_encoder(config.model.encoder, origin)
-    las = config.model.las
-    if las.attention_dim % las.num_heads:
-        raise UserError(
-            f"{origin}: model.las.attention_dim={las.attention_dim} must be a multiple of "
-            f"num_heads={las.num_heads}"
-        )
-
-
-def _check_objective(config: PhaseConfig, origin: str) -> None:
-    """What is asked for has to be used: a LAS or a teacher that nothing learns from is a mistake."""
-    name, kd, las_kd = config.objective, config.distill.weight > 0, config.two_pass.las_kd_weight > 0
-    uses_las = name in ("las", "two_pass")
-    if uses_las != config.model.las.enabled:
-        what = (
-            "trains the LAS: set"
-            if uses_las
-            else "does not train a LAS, objectives las and two_pass do; unset"
-        )
-        raise UserError(f"{origin}: objective={name} {what} model.las.enabled")
-    if kd and name not in ("distill", "two_pass"):
-        raise UserError(
-            f"{origin}: distill.weight={config.distill.weight} is for the objectives distill and two_pass, "
-            f"not {name}"
-        )
-    if las_kd and not uses_las:
-        raise UserError(
-            f"{origin}: two_pass.las_kd_weight={config.two_pass.las_kd_weight} is for the objectives las and "
-            f"two_pass, not {name}"
-        )
-    if config.two_pass.mwer_weight > 0 and name != "two_pass":
-        raise UserError(f"{origin}: two_pass.mwer_weight is for objective two_pass, not {name}")
-    has_teacher = config.teacher.kind != "none"
-    if name == "distill" and not kd:
-        raise UserError(f"{origin}: objective=distill needs distill.weight above 0; without, use transducer")
-    if (kd or las_kd) != has_teacher:
-        want = "needs a teacher: set" if kd or las_kd else "uses no teacher: set distill.weight, or unset"
-        raise UserError(f"{origin}: objective={name} with these weights {want} teacher.kind")
-    if las_kd and config.teacher.kind == "torchscript":
-        raise UserError(f"{origin}: a torchscript teacher has no LAS: set two_pass.las_kd_weight to 0")
-
-
-def _check_range(key: str, value: Any, interval: str, origin: str) -> None:
-    low, high = (float(limit) for limit in interval[1:-1].split(","))
-    for number in value if isinstance(value, list) else [value]:
-        above = low < number or (interval[0] == "[" and number == low)
-        below = number < high or (interval[-1] == "]" and number == high)
-        if not math.isfinite(number):
-            raise UserError(f"{origin}: {key}={value} must be finite")
-        if not (above and below):
-            words = _IN_WORDS.get(interval, f"in {interval}")
-            raise UserError(f"{origin}: {key}={value} must be {words}{_ADVICE.get(key, '')}")
-
-
-def _check_encoder(encoder: EncoderConfig, origin: str) -> None:
-    if encoder.encoder_dim % encoder.num_heads or (encoder.encoder_dim // encoder.num_heads) % 2:
-        raise UserError(
-            f"{origin}: model.encoder.encoder_dim={encoder.encoder_dim} must be an even multiple of "
-            f"num_heads={encoder.num_heads} (rotary position embedding pairs the channels of a head)"
-        )
-    if encoder.cnn_module_kernel % 2 == 0:
-        raise UserError(f"{origin}: model.encoder.cnn_module_kernel={encoder.cnn_module_kernel} must be odd")
-
-
-def _lookup(config: Any, dotted: str) -> Any:
-    for name in dotted.split("."):
-        config = getattr(config, name)
-    return config
 
 
 def _read_yaml(path: Path) -> Dict[str, Any]:

@@ -157,7 +157,8 @@ def test_mini_librispeech_is_tested_on_other_speakers_than_it_is_tuned_on(tmp_pa
         chapter.mkdir(parents=True)
         (chapter / f"{speaker}-1.trans.txt").write_text(f"{speaker}-1-0000 SOME WORDS\n")
     parts = corpora.NAMED_PARTS["mini_librispeech"]
-    dev, test = ([u.speaker for u in corpora.read_librispeech_part(tmp_path, p)] for p in parts.dev + parts.test)
+    read = [corpora.read_librispeech_part(tmp_path, part) for part in parts.dev + parts.test]
+    dev, test = ([utterance.speaker for utterance in half] for half in read)
     assert (dev, test) == (["10", "12"], ["11", "9"])
 
 

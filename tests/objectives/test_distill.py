@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -176,8 +178,9 @@ def test_occupancy_is_the_teachers_posterior(
 ):
     teacher = other_length(make_model(24, seed=1), more)
     objective = build(
-        None, teacher, WIDE, lattice=lattice, weighting="occupancy", frame_shift=frame_shift
-    ).eval()
+        None, teacher, WIDE, lattice=lattice, weighting="occupancy", frame_shift=frame_shift,
+        utterances_at_once=4,
+    ).eval()  # fmt: skip
     calls = spy(monkeypatch, "lattice_kd_loss")
     _, done, taught = kd_of(objective, batch)
     lens = torch.minimum(done.encoder_out_lens, taught.encoder_out_lens)
@@ -224,15 +227,18 @@ def test_a_batch_shorter_than_the_shift_teaches_nothing(build, make_batch, optio
 def test_a_teacher_that_cannot_emit_so_many_tokens_does_no_harm(
     build, make_batch, make_model, other_length, lattice, weighting
 ):
-    """T' = U for the student, and a frame fewer for the teacher: no path is left in the common lattice."""
-    batch = make_batch((61, 31), (4, 7))
-    for ranges_from in ("student", "teacher"):
+    """T' = U for the student, and a frame fewer for the teacher: no path is left in the common lattice.
+
+    Also alone in a batch, where no padding hides it.
+    """
+    for ranges_from, lens in product(("student", "teacher"), ((61, 31), (31,))):
+        batch = make_batch(lens, (4, 7)[-len(lens) :])
         teacher = other_length(make_model(24, seed=1), -1)
         objective = build(
             None, teacher, lattice=lattice, weighting=weighting, ranges_from=ranges_from
         ).train()
         out = objective(batch, 0)
-        assert out.encoder_out_lens.tolist() == [14, 7] and torch.isfinite(out.losses).all()
+        assert out.encoder_out_lens.tolist() == [14, 7][-len(lens) :] and torch.isfinite(out.losses).all()
         out.loss_sum.backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in objective.model.parameters())
 

@@ -96,7 +96,9 @@ def read_librispeech_part(corpus_dir: Path, part: str) -> List[Utterance]:
     folder = Path(corpus_dir) / folder_name
     if not folder.is_dir():
         there = sorted(d.name for d in Path(corpus_dir).glob("*") if d.is_dir())
-        raise UserError(f"there is no part {folder_name} in {corpus_dir}; parts there: {', '.join(there) or 'none'}")
+        raise UserError(
+            f"there is no part {folder_name} in {corpus_dir}; parts there: {', '.join(there) or 'none'}"
+        )
     utterances = []
     for transcripts in sorted(folder.rglob("*.trans.txt")):
         for line in read_lines(transcripts):

@@ -52,6 +52,7 @@ class Objective(nn.Module):
 
     model: nn.Module
     backend: str = "none"  # kernel of the transducer loss, for the record
+    trains_first_pass: bool = True  # otherwise decoding during validation would say the same each time
 
     def forward(self, batch: Any, step: int) -> LossOutput:
         """Loss of one batch at update `step` (0-based; loss weights may depend on it)."""

@@ -30,19 +30,21 @@ from transducer_kd.objectives.transducer import TransducerObjective, TransducerP
 
 @dataclass
 class TeacherPass:
-    """What the teacher computed for a batch, without graph: encoder_out (N,T',D), its lengths (N,), and
-    decoder_out (N,U+1,D); its T' may differ from the student's by a frame or two."""
+    """What the teacher computed for a batch, without graph: encoder_out (N,T',D), its lengths (N,), and, for
+    the first pass, decoder_out (N,U+1,D). Its T' may differ from the student's by a frame or two."""
 
     encoder_out: torch.Tensor
     encoder_out_lens: torch.Tensor
-    decoder_out: torch.Tensor
+    decoder_out: Optional[torch.Tensor] = None
 
 
 @torch.no_grad()
-def teacher_pass(teacher: Any, batch: Any) -> TeacherPass:
-    """Run a teacher's encoder and prediction network on the batch as it is."""
-    encoder_out, encoder_out_lens = teacher.encode(batch.features, batch.feature_lens)
-    return TeacherPass(encoder_out, encoder_out_lens, teacher.decode_labels(batch.y))
+def teacher_pass(teacher: Any, batch: Any, with_decoder: bool = True) -> TeacherPass:
+    """Run a teacher's encoder, and its prediction network where it is asked for, on the batch as it is."""
+    taught = TeacherPass(*teacher.encode(batch.features, batch.feature_lens))
+    if with_decoder:
+        taught.decoder_out = teacher.decode_labels(batch.y)
+    return taught
 
 
 class DistillObjective(TransducerObjective):
@@ -99,12 +101,22 @@ class DistillObjective(TransducerObjective):
         taught = teacher_pass(self.teacher, batch) if self.frozen is not None else None
         return self.transducer_pass(batch.features, batch, guide=self._guide(taught, batch))
 
-    def _guide(self, taught: Optional[TeacherPass], batch: Any) -> Optional[Callable[[int], Grads]]:
+    def _guide(self, taught: Optional[TeacherPass], batch: Any) -> Optional[Callable[[Grads], Grads]]:
         """What to prune by where it is not the student's own simple loss."""
         if self.distill.weight == 0 or self.distill.ranges_from == "student":
             return None
-        occupancies, lens = self._teacher_occupancies(taught, batch), taught.encoder_out_lens
-        return lambda num_frames: _shifted(occupancies, self.distill.frame_shift, num_frames, lens)
+        lens = taught.encoder_out_lens
+        occupancies = self._teacher_occupancies(taught, batch)
+        too_short = (lens < batch.y_lens)[
+            :, None, None
+        ]  # no path for the teacher, though one for the student
+
+        def guide(own: Grads) -> Grads:
+            shifted = _shifted(occupancies, self.distill.frame_shift, own[0].shape[-1], lens)
+            px, py = (torch.where(too_short, mine, theirs) for mine, theirs in zip(own, shifted))
+            return px, py
+
+        return guide
 
     def lattice_kd(self, done: TransducerPass, taught: TeacherPass, batch: Any) -> torch.Tensor:
         """The distance to the teacher (N,): the utterance's mean times its encoder frames."""
@@ -199,7 +211,9 @@ class DistillObjective(TransducerObjective):
             lm=self.teacher.simple_lm_proj(taught.decoder_out),
             am=self.teacher.simple_am_proj(taught.encoder_out),
             symbols=batch.y,
-            boundary=pruned_rnnt.make_boundary(batch.y_lens, taught.encoder_out_lens),
+            boundary=pruned_rnnt.make_boundary(
+                torch.minimum(batch.y_lens, taught.encoder_out_lens), taught.encoder_out_lens
+            ),
             lm_scale=self.loss.lm_scale,
             am_scale=self.loss.am_scale,
             backend=self.backend,

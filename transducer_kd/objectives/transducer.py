@@ -87,11 +87,11 @@ class TransducerObjective(Objective):
         x: torch.Tensor,
         batch: Any,
         chunk_size: Optional[int] = None,
-        guide: Optional[Callable[[int], Grads]] = None,
+        guide: Optional[Callable[[Grads], Grads]] = None,
     ) -> TransducerPass:
         """Encode `x` (N,T,C) and compute both transducer losses on the batch's tokens.
 
-        guide: gives for T' the occupancies (N,U,T'), (N,U+1,T') to prune by, in place of the simple loss's.
+        guide: from the simple loss's occupancies (N,U,T'), (N,U+1,T') to those to prune by.
         """
         model = self.model
         encoder_out, encoder_out_lens = model.encode(x, batch.feature_lens, chunk_size=chunk_size)
@@ -107,7 +107,7 @@ class TransducerObjective(Objective):
             backend=self.backend,
         )
         # Before any backward: fast_rnnt's backward overwrites the occupation gradients.
-        occupancies = gradients if guide is None else guide(encoder_out.shape[1])
+        occupancies = gradients if guide is None else guide(gradients)
         ranges = pruned_rnnt.prune_ranges(*occupancies, boundary, self.loss.s_range)
         # Projected before pruning: T' + U + 1 rows instead of T' times s_range.
         am, lm = pruned_rnnt.gather_pruned(

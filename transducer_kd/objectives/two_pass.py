@@ -63,6 +63,8 @@ def check_teacher_las(options: TwoPassConfig, teacher: Optional[Frozen]) -> None
 class LasObjective(Objective):
     """L_las with everything but the LAS frozen: the first pass's results stay what they are, to the bit."""
 
+    trains_first_pass = False
+
     def __init__(
         self,
         model: Transducer,
@@ -91,7 +93,7 @@ class LasObjective(Objective):
         with torch.no_grad():
             encoded = self.model.encode(x, batch.feature_lens)
         teacher = self.frozen.module if self.frozen is not None else None
-        taught = teacher_pass(teacher, batch) if teacher is not None else None
+        taught = teacher_pass(teacher, batch, with_decoder=False) if teacher is not None else None
         losses, terms = las_losses(self.model, encoded, batch, self.options, teacher, taught)
         return LossOutput.of_terms(losses, encoded[1], terms)
 

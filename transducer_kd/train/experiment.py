@@ -65,7 +65,7 @@ def prepare_exp_dir(
             shown = ", ".join(f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in differing)
             raise UserError(
                 f"{exp_dir} holds a run with another configuration ({shown}); resume with the same one, use "
-                "another --exp-dir, or start again with --restart (the old run is moved aside, not deleted)"
+                "another --exp-dir, or start again with --restart (run.sh: --force), the old run is kept"
             )
     # Weights and Adam's two moments in float32, the running average in float64: 20 bytes a parameter.
     num_files = config.train.keep_last + config.train.keep_epochs + 2
