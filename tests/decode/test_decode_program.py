@@ -233,6 +233,15 @@ def test_a_second_pass_without_weights_is_refused_before_any_work(decode_las):
     assert list(json.loads((decode_las.exp_dir / "rescore.json").read_text())) == [BEAM_RESCORE]
 
 
+def test_a_part_of_the_training_cannot_tune(decode_las, tmp_path):
+    for part in ("train", "test-clean"):
+        write_part(tmp_path, part, 1)
+    arguments = ["--fbank-dir", str(tmp_path), "--test-parts", "test-clean", "--tune-part", "train"]
+    with pytest.raises(UserError, match="--tune-part train: .*exp was trained on it.*name a dev part"):
+        decode_las("--decoding-method", BEAM_RESCORE, *arguments)
+    assert names(decode_las.exp_dir) == ["epoch-1.pt", "epoch-2.pt"]
+
+
 def test_weights_by_hand_and_a_quick_look_leave_no_tuning(decode_las):
     by_hand = ["--las-mu", "0.0", "--las-length-weight", "0"]
     exp_dir = decode_las("--decoding-method", f"{BEAM},{BEAM_RESCORE}", *by_hand)

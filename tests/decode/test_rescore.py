@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -120,6 +121,17 @@ def test_tuning_finds_a_planted_optimum():
     # And both an insertion.
     tuning = tune((scored((long, -1.0, -1.0), (right, -1.55, -1.55)), ref))
     assert (tuning.length_weight, tuning.wer_after) == (-0.6, 0.0)
+
+
+@pytest.mark.parametrize(
+    "advantage, tokens, found, is_warned",
+    [(2.85, [3], 2.9, False), (2.95, [3], 3.0, True), (0.95, [3, 4, 5], -1.0, True)],
+)
+def test_an_optimum_at_the_edge_of_the_grid_is_said(caplog, advantage, tokens, found, is_warned):
+    caplog.set_level(logging.WARNING)
+    nbest = scored((tokens, -1.0, -1.0), ([3, 4], -1.0 - advantage, -1.0 - advantage))
+    assert tune((nbest, words([3, 4]))).length_weight == found
+    assert (f"tuned on dev, {found:g}, is at the edge of what was tried, -1 to 3" in caplog.text) == is_warned
 
 
 def test_of_equally_good_settings_the_middle_mu_without_a_length_term():
