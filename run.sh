@@ -14,7 +14,7 @@ usage: ./run.sh [--recipe NAME] [options]
   ./run.sh --stage 2 --stop-stage 2 --set optim.lr=1e-3       one stage, with another setting
   ./run.sh --corpus mini_librispeech                          5 h of real speech, downloaded
   ./run.sh --corpus librispeech --full-libri 1 --scale full --nproc 8
-  ./run.sh --corpus-dir /speech/libri --train-parts "train-clean-100" --dev-parts dev-clean --test-parts "test-clean test-other"
+  ./run.sh --corpus-dir /speech/own --train-parts "a b" --dev-parts c --test-parts "d e"
   ./run.sh --csv "train=train.csv dev=dev.csv test=test.csv" --corpus-name cars --vocab-size 300
 
 recipes: $recipes (default: two_pass)
@@ -51,6 +51,8 @@ Model and training
                                small for others): seconds; minutes; about 10 h of speech; 960 h on GPUs
   --vocab-size N               BPE pieces (default: smoke 60, mini 100, small and full 500)
   --bpe-model FILE             a BPE model trained elsewhere, such as a teacher's (with its --vocab-size)
+  --teacher-torchscript FILE --teacher-tokens FILE
+                               distil from somebody else's model instead of training a teacher (README.md)
   --set SECTION.KEY=VALUE      change a setting of all phases; may be repeated; transducer_kd/config.py has them all
   --set PHASE:SECTION.KEY=VALUE    of one phase, such as student:distill.weight=5
   --nproc N                    training processes, one per GPU (torchrun; default 1)

@@ -11,14 +11,18 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
+from typing import Tuple
 
 import pytest
+import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENTS = {".venv": "k2", ".venv-modern": "modern"}
 TRAINED = ["teacher", "teacher_las", "student", "student_control", "student_las", "student_las_control"]
-TRAINED += ["finetune", "finetune_control"]
+TRAINED += ["finetune", "finetune_control", "finetune_nokd"]
 STAGES = ["corpus and manifests", "features and BPE", *TRAINED]
 EXP = "egs/librispeech/two_pass/exp/synthetic-smoke"
 DATA = "egs/librispeech/data/synthetic-smoke"
@@ -79,6 +83,53 @@ def smoke(tmp_path_factory) -> Project:
     return project
 
 
+class _Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.frames = nn.Conv1d(80, 24, 7, stride=4)
+
+    def forward(self, x: torch.Tensor, x_lens: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        return self.frames(x.transpose(1, 2)).transpose(1, 2), (x_lens - 7) // 4 + 1
+
+
+class _Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(60, 20)
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        return self.embedding(y)
+
+
+class _Joiner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder_proj, self.decoder_proj = nn.Linear(24, 28), nn.Linear(20, 28)
+        self.output_linear = nn.Linear(28, 60)
+
+    def forward(self, am: torch.Tensor, lm: torch.Tensor, project_input: bool = True) -> torch.Tensor:
+        if project_input:
+            am, lm = self.encoder_proj(am), self.decoder_proj(lm)
+        return self.output_linear(torch.tanh(am + lm))
+
+
+class _Foreign(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder, self.joiner = _Encoder(), _Decoder(), _Joiner()
+        self.simple_am_proj, self.simple_lm_proj = nn.Linear(24, 60), nn.Linear(20, 60)
+
+
+@pytest.fixture
+def foreign_teacher(tmp_path) -> Path:
+    """A TorchScript file with icefall's interface, of another width, whose T' may differ by a frame."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(_Foreign()).save(str(tmp_path / "jit_script.pt"))
+    return tmp_path / "jit_script.pt"
+
+
 class TestWholeRun:
     """In this order: the later tests go on from what the earlier ones left."""
 
@@ -126,6 +177,7 @@ class TestWholeRun:
         assert origins("student_las") == {"init": "student", "teacher": "teacher_las"}
         assert origins("finetune") == {"init": "student_las", "teacher": "teacher_las"}
         assert origins("finetune_control") == {"init": "student_las_control"}
+        assert origins("finetune_nokd") == {"init": "student_las"}
 
     def test_features_and_bpe_are_those_of_the_smoke_corpus(self, smoke):
         tokens = (smoke.root / DATA / "lang_bpe_60" / "tokens.txt").read_text().splitlines()
@@ -178,6 +230,18 @@ class TestWholeRun:
         smoke.run(*options)
         decoded = [f"decode {phase}" for phase in ("teacher", "teacher_las", "student")]
         assert smoke.stages() == [*before, *decoded, "report"]
+
+    def test_somebody_elses_teacher_takes_the_place_of_ours(self, smoke, foreign_teacher):
+        tokens = smoke.root / DATA / "lang_bpe_60" / "tokens.txt"
+        before = smoke.stages()
+        foreign = ("--teacher-torchscript", str(foreign_teacher), "--teacher-tokens", str(tokens))
+        output = smoke.run("--stop-stage", "5", *foreign)
+        assert smoke.stages() == [*before, "student", "student_las", "finetune"]
+        assert "Stage 2" not in output
+        origins = json.loads((smoke.exp / "finetune" / "meta.json").read_text())["origins"]
+        assert origins["teacher"]["path"] == str(foreign_teacher)
+        config = json.loads((smoke.exp / "student_las" / "config.json").read_text())
+        assert config["teacher"]["kind"] == "none" and config["two_pass"]["las_kd_weight"] == 0
 
     def test_a_stage_that_was_stopped_says_so_and_goes_on(self, smoke):
         long = ("--stage", "2", "--stop-stage", "2", "--set", "train.max_steps=100000")
@@ -232,6 +296,9 @@ class TestWholeRun:
         (["--full-libri", "1", "--corpus-dir", "b"], ["--full-libri 1", "--corpus librispeech"]),
         (["--channel", "left"], ["--channel must be a whole number"]),
         (["--text-norm", "lower"], ["--text-norm takes upper or none"]),
+        (["--bpe-model", "/gone.model"], ["--bpe-model /gone.model is not there"]),
+        (["--teacher-torchscript", "/gone.pt"], ["--teacher-torchscript /gone.pt is not there"]),
+        (["--teacher-torchscript", str(ROOT / "run.sh")], ["needs --teacher-tokens"]),
         (["--env", "conda"], ["--env conda is not one of"]),
         (["--nproc", "0"], ["--nproc must be at least 1"]),
     ],

@@ -20,7 +20,7 @@ fail() {
 # name=default. A name with a dash becomes a variable with an underscore. Switches may stand alone or take 0 or 1.
 value_options="stage=0 stop-stage= corpus=synthetic corpus-dir= corpus-name= csv= kaldi-dir= manifest-dir=
   train-parts= dev-parts= test-parts= unlabelled-parts= bad-audio=error channel= text-norm=upper scale=
-  vocab-size= bpe-model= nproc=1 device=auto env="
+  vocab-size= bpe-model= teacher-torchscript= teacher-tokens= nproc=1 device=auto env="
 switch_options="full-libri=0 resample=0 on-the-fly-feats=0 controls=0 force=0"
 
 # Known option nearest to $1 by edit distance, if it is near at all.
@@ -108,8 +108,12 @@ check_options() {
   [ "$sources" -le 1 ] || fail "give one of --corpus-dir, --csv, --kaldi-dir, --manifest-dir, not $sources of them"
   # Stages run in the top folder of the project, while paths are given from where the user is.
   corpus_dir=$(absolute "$corpus_dir") manifest_dir=$(absolute "$manifest_dir")
-  bpe_model=$(absolute "$bpe_model")
-  [ -z "$bpe_model" ] || [ -f "$bpe_model" ] || fail "--bpe-model $bpe_model is not there"
+  for name in bpe_model teacher_torchscript teacher_tokens; do
+    printf -v "$name" '%s' "$(absolute "${!name}")"
+    [ -z "${!name}" ] || [ -f "${!name}" ] || fail "--${name//_/-} ${!name} is not there"
+  done
+  [ -z "$teacher_torchscript" ] || [ -n "$teacher_tokens" ] ||
+    fail "--teacher-torchscript needs --teacher-tokens, the tokens.txt that the model was trained with"
   csv=$(absolute $csv) kaldi_dir=$(absolute $kaldi_dir)
   is_named_corpus=1
   if [ "$sources" = 1 ] && { [ -z "$corpus_dir" ] || [[ $given != *" corpus "* ]]; }; then

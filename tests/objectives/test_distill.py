@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-
 from itertools import product
 
 import pytest

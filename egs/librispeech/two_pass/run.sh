@@ -17,6 +17,19 @@ parse_options "$@"
 
 # Trained phases, in order: each is conf/<scale>/<phase>.yaml and exp/<corpus>-<scale>/<phase>/.
 phases="teacher teacher_las student student_las finetune"
+# Somebody else's teacher has no LAS: the student's learns from the labels alone.
+if [ -n "$teacher_torchscript" ]; then
+  phases="student student_las finetune"
+  foreign=(student_las:teacher.kind=none student_las:two_pass.las_kd_weight=0 finetune:two_pass.las_kd_weight=0)
+  for phase in student finetune; do
+    foreign+=("$phase:teacher.kind=torchscript" "$phase:teacher.torchscript=$teacher_torchscript")
+    foreign+=("$phase:teacher.tokens=$teacher_tokens")
+  done
+  for item in "${foreign[@]}" ${set_args[@]+"${set_args[@]}"}; do
+    if [ "$item" != --set ]; then all_sets+=(--set "$item"); fi
+  done
+  set_args=("${all_sets[@]}")
+fi
 if [ "$controls" = 1 ]; then phases+=" student_control student_las_control finetune_control finetune_nokd"; fi
 # Whose weights a phase begins with, and who teaches it.
 declare -A begins_with=([teacher_las]=teacher [student_las]=student [finetune]=student_las
