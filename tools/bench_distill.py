@@ -13,21 +13,24 @@ N batch, T' encoder frames, U tokens, V vocabulary. Every utterance has the full
   full_kd@K  plain, with the teacher and the divergence on all N T' (U+1) nodes, K utterances at a time;
              their logits are computed again in the backward pass, so that only K utterances are in memory
 
+With `--ranges-from teacher`, as in the recipes, the teacher's simple loss prunes in pruned_kd, and its time
+and memory are counted to that step. The student's prunes in all other steps, or with `student` in all.
+
 With `--part losses` encoder_out and decoder_out of both models are given tensors, of which the student's get
 a gradient. No step has an optimiser update or CTC; SpecAugment is only in `--part model`.
 
 The steps take turns, so that whatever else the machine does hits all of them. Times are medians over the
 turns, and so are their ratios, each taken within a turn: they are more to be trusted than the seconds.
 
-Peak memory is what a step needs on top of the weights, the batch and the libraries, which are there before
-it. Each step is measured in a process of its own, after a step of tiny sizes: on CUDA by
-torch.cuda.max_memory_allocated, on the CPU by the kernel's peak of the resident set (VmHWM, reset through
-/proc/self/clear_refs; where that is forbidden, the peak since the process began). There malloc returns what
-is freed to the system at once (MALLOC_MMAP_THRESHOLD_), so that, as on CUDA, tensors are counted and not what
-the allocator keeps for later.
+Peak memory is what a step needs on top of the weights, the batch and the libraries. Each step is measured in
+a process of its own, after a step of tiny sizes: on CUDA by torch.cuda.max_memory_allocated, on the CPU by
+the peak of the resident set (VmHWM, reset through /proc/self/clear_refs; where that is forbidden, since the
+process began). There malloc returns what is freed to the system at once (MALLOC_MMAP_THRESHOLD_), so that, as
+on CUDA, tensors are counted and not what the allocator keeps for later.
 
-The demand on memory is about what the lattice needs: `--part losses` answers it. In `--part model` both steps
-also hold the encoder's activations, which may be most of their memory.
+The requirement on memory compares pruned distillation with full lattices of all utterances at once. In
+`--part model` both steps hold the encoder's activations as well, which may be most of their memory; "above
+plain" is what the steps need beyond the plain one, which has them too.
 """
 
 import argparse
@@ -39,7 +42,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 
@@ -61,7 +64,9 @@ CONF = ROOT / "egs/librispeech/two_pass/conf/small"
 MMAP_THRESHOLD = 2**16  # bytes
 STEPS = ("plain", "teacher", "pruned_kd", "full_kd")
 TINY = {"batch": 2, "frames": 12, "tokens": 3}
-MAX_TIME, MAX_MEMORY = 1.3, 0.1  # what pruned distillation may cost: see ratios()
+# What pruned distillation may cost: the largest ratio, and what it is a ratio of.
+MAX_TIME = 1.3, "time of pruned_kd to that of a plain step and the teacher's, one after the other"
+MAX_MEMORY = 0.1, "peak memory of pruned_kd to that of full-lattice distillation, all utterances at once"
 # Tensors of all nodes' logits or joiner states that are alive at the peak of full_kd, with some to spare.
 FULL_TENSORS = 8
 
@@ -94,6 +99,7 @@ class Bench:
         augment = cfg.SpecAugmentConfig(enabled=args.part == "model")
         self.parts = (student, self.loss, SpecAugment(augment))
         self.distill = dict(weight=1.0, form=args.form, weighting=args.weighting)
+        self.ranges_from = {"pruned": args.ranges_from, "full": "student"}
         self.backend = pruned_rnnt.resolve_backend(args.backend)
 
     def step(self, name: str) -> Callable[[], Any]:
@@ -103,7 +109,8 @@ class Bench:
         objective = TransducerObjective(*self.parts)
         if name != "plain":
             lattice, _, few = name.partition("_kd@") if "@" in name else ("pruned", "", 1)
-            distill = cfg.DistillConfig(lattice=lattice, utterances_at_once=int(few), **self.distill)
+            chosen = dict(self.distill, lattice=lattice, ranges_from=self.ranges_from[lattice])
+            distill = cfg.DistillConfig(utterances_at_once=int(few), **chosen)
             objective = DistillObjective(*self.parts, distill, self.frozen)
         objective.to(self.device).train()
         return lambda: objective(self.batch, self.loss.warm_step).loss_sum.backward()
@@ -192,9 +199,9 @@ def measure_peak(args: argparse.Namespace, sizes: Sizes, name: str) -> int:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         logging.info("the peak of the resident set cannot be reset: it counts from the start of the process")
-    before = _resident("VmRSS")
+    before = _kilobytes("VmRSS")
     step()
-    return max(0, _resident("VmHWM") - before)
+    return max(0, _kilobytes("VmHWM") - before)
 
 
 def measure_peak_apart(args: argparse.Namespace, name: str) -> int:
@@ -212,49 +219,50 @@ def is_full(name: str) -> bool:
 
 
 def ratios(runs: Dict[str, List[float]], peaks: Dict[str, int], batch: int) -> List[Dict[str, Any]]:
-    """Quotients worth knowing, of the steps that were run; `limit` where the project demands one."""
-    found = []
+    """Quotients worth knowing, of the steps that were run; with limits where the project demands them."""
+    found: List[Dict[str, Any]] = []
 
-    def add(
-        above: str, below: List[str], max_time: Optional[float] = None, max_memory: Optional[float] = None
-    ):
-        if not all(name in runs for name in (above, *below)):
-            return
-        divided_by = below[0] if len(below) == 1 else f"({' + '.join(below)})"
+    def add(name: str, value: float, required: Tuple[Optional[float], Optional[str]] = (None, None)) -> None:
+        found.append({"name": name, "value": value, "limit": required[0], "requirement": required[1]})
+
+    def time_of(above: str, *below: str) -> float:
         # Turn by turn: what slows the machine down for a while slows down both sides.
         turns = zip(runs[above], *(runs[name] for name in below))
-        time_ratio = statistics.median(mine / sum(others) for mine, *others in turns)
-        found.append({"name": f"time: {above} / {divided_by}", "value": time_ratio, "limit": max_time})
-        if len(below) == 1 and peaks[below[0]] > 0:  # peaks are not there one after the other
-            ratio = peaks[above] / peaks[below[0]]
-            found.append({"name": f"memory: {above} / {divided_by}", "value": ratio, "limit": max_memory})
+        return statistics.median(mine / sum(others) for mine, *others in turns)
 
-    add("pruned_kd", ["plain", "teacher"], max_time=MAX_TIME)
-    for full in filter(is_full, runs):
-        # The demand is on the lattice all at once; the others say what computing it in pieces gives.
-        add("pruned_kd", [full], max_memory=MAX_MEMORY if full == f"full_kd@{batch}" else None)
-    for name in runs:
-        if name != "plain":
-            add(name, ["plain"])
+    if {"pruned_kd", "plain", "teacher"} <= set(runs):
+        add("time: pruned_kd / (plain + teacher)", time_of("pruned_kd", "plain", "teacher"), MAX_TIME)
+    pairs = [("pruned_kd", full) for full in filter(is_full, runs)] if "pruned_kd" in runs else []
+    if "plain" in runs:
+        pairs += [(name, "plain") for name in runs if name != "plain"]
+    for above, below in pairs:
+        add(f"time: {above} / {below}", time_of(above, below))
+        if peaks[below] > 0:
+            required = [MAX_MEMORY] if below == f"full_kd@{batch}" else []  # others: what pieces save
+            add(f"memory: {above} / {below}", peaks[above] / peaks[below], *required)
+        plain = peaks.get("plain", peaks[below])
+        if is_full(below) and peaks[below] > plain:
+            value = (peaks[above] - plain) / (peaks[below] - plain)
+            add(f"memory above plain: {above} / {below}", value)
     return found
 
 
 def table(result: Dict[str, Any]) -> str:
     """The result as text."""
     lines = [f"{key}: {result[key]}" for key in ("command", "machine", "sizes", "compared")]
-    lines += ["", f"{'step':<14}{'seconds':>10}{'fastest':>10}{'runs':>6}{'peak MB':>10}"]
+    lines += ["", f"{'step':<14}{'seconds':>10}{'fastest':>10}{'runs':>6}{'peak MB':>10}{'above plain':>13}"]
+    plain = next((row["peak_bytes"] for row in result["rows"] if row["step"] == "plain"), None)
     for row in result["rows"]:
-        runs = row["seconds_of_runs"]
-        lines.append(
-            f"{row['step']:<14}{row['seconds']:>10.3f}{min(runs):>10.3f}{len(runs):>6}"
-            f"{row['peak_bytes'] / 1e6:>10.0f}"
-        )
+        runs, peak = row["seconds_of_runs"], row["peak_bytes"] / 1e6
+        times = f"{row['seconds']:>10.3f}{min(runs):>10.3f}{len(runs):>6}"
+        above = "-" if plain is None else f"{peak - plain / 1e6:.0f}"
+        lines.append(f"{row['step']:<14}{times}{peak:>10.0f}{above:>13}")
     lines += ["", f"{'ratio':<44}{'value':>8}"]
     for ratio in result["ratios"]:
-        verdict = ""
+        lines.append(f"{ratio['name']:<44}{ratio['value']:>8.3f}")
         if ratio["limit"] is not None:
-            verdict = f"  {'meets' if ratio['value'] <= ratio['limit'] else 'MISSES'} <= {ratio['limit']}"
-        lines.append(f"{ratio['name']:<44}{ratio['value']:>8.3f}{verdict}")
+            verdict = "meets" if ratio["value"] <= ratio["limit"] else "MISSES"
+            lines.append(f"    {verdict} the requirement, at most {ratio['limit']}: {ratio['requirement']}")
     return "\n".join(lines)
 
 
@@ -280,8 +288,8 @@ def run(args: argparse.Namespace, sizes: Sizes) -> Dict[str, Any]:
         "machine": f"{_processor(bench.device)}; {software}, {torch.get_num_threads()} threads, "
         f"load {os.getloadavg()[0]:.1f}",
         "sizes": sizes._asdict(),
-        "compared": f"part {args.part}, form {args.form}, weighting {args.weighting}, transducer loss by "
-        f"{bench.backend}, {models}",
+        "compared": f"part {args.part}, form {args.form}, weighting {args.weighting}, pruned_kd by ranges of "
+        f"the {args.ranges_from}'s simple loss, transducer loss by {bench.backend}, {models}",
         "rows": [
             {
                 "step": name,
@@ -301,8 +309,9 @@ def get_parser() -> argparse.ArgumentParser:
     )
 
     def add(flag: str, default: Any, what: str, **how: Any) -> None:
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        parser.add_argument(flag, default=default, help=f"{what} (default {shown})", **how)
+        if default is not None:
+            what += f" (default {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
+        parser.add_argument(flag, default=default, help=what, **how)
 
     add("--part", "model", "whole models, or joiners and losses alone", choices=["model", "losses"])
     add("--device", "auto", "auto takes CUDA where it is", choices=["auto", "cpu", "cuda"])
@@ -316,6 +325,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--utterances-at-once", (16, 4, 1), "the K of full_kd@K", nargs="+", type=_positive, metavar="K")
     add("--form", "full", "of the divergence", choices=kd.CHOICES["form"])
     add("--weighting", "uniform", "of the nodes", choices=kd.CHOICES["weighting"])
+    add("--ranges-from", "teacher", "whose simple loss prunes in pruned_kd", choices=["student", "teacher"])
     add("--backend", "auto", "of the transducer loss", choices=["auto", "k2", "fast_rnnt", "torch"])
     for who in ("student", "teacher"):
         path = CONF / f"{who}.yaml"
@@ -323,7 +333,7 @@ def get_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{who}", default=path, type=Path, metavar="YAML", help=what)
     add("--repeats", 5, "timed runs of plain, teacher and pruned_kd", type=_positive)
     add("--full-repeats", 1, "timed runs of each full_kd", type=_positive)
-    add("--threads", None, "CPU threads; None: torch's choice", type=_positive)
+    add("--threads", None, "CPU threads of one operation (default: torch's choice)", type=_positive)
     add("--json", None, "write all figures there", type=Path, metavar="FILE")
     parser.add_argument("--measure-peak-of", help=argparse.SUPPRESS)  # what measure_peak_apart runs
     return parser
@@ -339,7 +349,7 @@ def _check_memory(few: int, sizes: Sizes, device: str) -> None:
     """Better one line now than a machine that swaps. UserError says how much is missing."""
     nodes = few * sizes.frames * (sizes.tokens + 1)
     needed = FULL_TENSORS * nodes * max(sizes.vocab, sizes.joiner_dim) * 4
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else _available()
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else _kilobytes("MemAvailable", "/proc/meminfo")
     if needed > free:
         raise UserError(
             f"full_kd@{few} needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; make "
@@ -347,17 +357,9 @@ def _check_memory(few: int, sizes: Sizes, device: str) -> None:
         )
 
 
-def _available() -> int:
-    return _kilobytes(Path("/proc/meminfo"), "MemAvailable")
-
-
-def _resident(key: str) -> int:
-    return _kilobytes(Path("/proc/self/status"), key)
-
-
-def _kilobytes(path: Path, key: str) -> int:
+def _kilobytes(key: str, path: str = "/proc/self/status") -> int:
     """The value of a line `key:  123 kB`, in bytes."""
-    line = next(line for line in path.read_text().splitlines() if line.startswith(f"{key}:"))
+    line = next(line for line in Path(path).read_text().splitlines() if line.startswith(f"{key}:"))
     return int(line.split()[1]) * 1024
 
 

@@ -50,10 +50,21 @@ def test_losses_in_all_steps(tmp_path):
     expected = rows["pruned_kd"]["peak_bytes"] / rows["full_kd@2"]["peak_bytes"]
     assert memory["value"] == pytest.approx(expected) and memory["limit"] == 0.1
     assert [name for name, ratio in found.items() if ratio["limit"]] == [time["name"], memory["name"]]
+    assert "all utterances at once" in memory["requirement"]
+    above = {name: row["peak_bytes"] - rows["plain"]["peak_bytes"] for name, row in rows.items()}
+    beyond = found["memory above plain: pruned_kd / full_kd@2"]
+    assert beyond["value"] == pytest.approx(above["pruned_kd"] / above["full_kd@2"])
 
     for name in [*rows, *found]:
         assert f"\n{name} " in done.stdout
-    for word in ("tools/bench_distill.py --device cpu", "1 threads", "'vocab': 20"):
+    printed = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line}
+    assert printed["full_kd@2"][-1] == f"{above['full_kd@2'] / 1e6:.0f}"
+    for word in (
+        "tools/bench_distill.py --device cpu",
+        "1 threads",
+        "'vocab': 20",
+        "the teacher's simple loss",
+    ):
         assert word in done.stdout
     assert str(tmp_path.parent) not in result["machine"]
 
@@ -71,6 +82,30 @@ def test_the_whole_model_learns_in_every_step_but_the_teachers(form, weighting):
         gradients = [p.grad for p in bench.student.parameters()]
         assert all(g is not None for g in gradients) if learns else not any(g is not None for g in gradients)
         assert all(p.grad is None for p in bench.frozen.module.parameters())
+
+
+@pytest.mark.parametrize("ranges_from", ["student", "teacher"])
+def test_the_teachers_bounds_cost_pruned_kd_its_simple_loss_and_no_other_step(ranges_from, monkeypatch):
+    args = bench_distill.get_parser().parse_args(
+        [*TINY, *MODELS, "--ranges-from", ranges_from, "--backend", "torch", "--part", "losses"]
+    )
+    bench = bench_distill.Bench(args, bench_distill.Sizes(2, 40, 8, 20, 16, 5))
+    simple_loss, calls = bench_distill.pruned_rnnt.simple_loss, []
+    monkeypatch.setattr(
+        bench_distill.pruned_rnnt, "simple_loss", lambda *a, **k: calls.append(1) or simple_loss(*a, **k)
+    )
+    counted = {}
+    for name in ("plain", "pruned_kd", "full_kd@2"):
+        calls.clear()
+        bench.step(name)()
+        counted[name] = len(calls)
+    assert counted == {"plain": 1, "pruned_kd": 1 + (ranges_from == "teacher"), "full_kd@2": 1}
+
+
+def test_help_says_what_happens_without_an_option():
+    text = " ".join(bench_distill.get_parser().format_help().split())
+    assert "(default: torch's choice)" in text and "(default teacher)" in text and "16 4 1)" in text
+    assert "None" not in text
 
 
 def test_the_peak_grows_with_the_lattice():
@@ -91,10 +126,15 @@ def test_ratios_of_what_was_measured():
     # Three turns of which one was disturbed on one side, and a machine that was half as fast in another.
     runs = {"plain": [2.0, 4.0, 2.0], "pruned_kd": [3.0, 6.0, 9.0]}
     found = bench_distill.ratios(runs, {"plain": 4, "pruned_kd": 8}, 4)
-    assert found == [
-        {"name": "time: pruned_kd / plain", "value": 1.5, "limit": None},
-        {"name": "memory: pruned_kd / plain", "value": 2.0, "limit": None},
+    assert [(ratio["name"], ratio["value"], ratio["limit"]) for ratio in found] == [
+        ("time: pruned_kd / plain", 1.5, None),
+        ("memory: pruned_kd / plain", 2.0, None),
     ]
+    runs, peaks = {**runs, "full_kd@4": [8.0]}, {"plain": 4, "pruned_kd": 8, "full_kd@4": 44}
+    found = {ratio["name"]: ratio for ratio in bench_distill.ratios(runs, peaks, 4)}
+    assert found["memory: pruned_kd / full_kd@4"]["value"] == pytest.approx(8 / 44)
+    assert found["memory above plain: pruned_kd / full_kd@4"]["value"] == pytest.approx(4 / 40)
+    assert found["memory above plain: pruned_kd / full_kd@4"]["limit"] is None
 
 
 def test_a_missed_requirement_is_said():
@@ -102,12 +142,13 @@ def test_a_missed_requirement_is_said():
         **dict.fromkeys(("command", "machine", "sizes", "compared"), "?"),
         "rows": [],
         "ratios": [
-            {"name": name, "value": value, "limit": 1.3} for name, value in (("good", 1.3), ("bad", 1.31))
+            {"name": name, "value": value, "limit": 1.3, "requirement": "this to that"}
+            for name, value in (("good", 1.3), ("bad", 1.31))
         ],
     }
-    good, bad = bench_distill.table(result).splitlines()[-2:]
-    assert good.split() == ["good", "1.300", "meets", "<=", "1.3"]
-    assert bad.split() == ["bad", "1.310", "MISSES", "<=", "1.3"]
+    lines = [" ".join(line.split()) for line in bench_distill.table(result).splitlines()[-4:]]
+    said = "the requirement, at most 1.3: this to that"
+    assert lines == ["good 1.300", f"meets {said}", "bad 1.310", f"MISSES {said}"]
 
 
 @pytest.mark.parametrize(
