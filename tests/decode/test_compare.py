@@ -10,15 +10,17 @@ NBEST, RESCORED = "fast_beam_search_nbest", "fast_beam_search_nbest_las_rescore"
 BEAM, BEAM_RESCORED = "modified_beam_search", "modified_beam_search_las_rescore"
 
 
-def phase(name, role, teacher=None, size=1000):
-    return {"name": name, "role": role, "teacher": teacher, "params_deployed": size}
+def phase(name, role, teacher=None, size=1000, control_of=None):
+    made = {"name": name, "role": role, "teacher": teacher, "params_deployed": size, "control_of": control_of}
+    return {**made, "is_stale": False, "is_unlike": False}
 
 
 TEACHER = phase("teacher", "teacher", size=3000)
 TEACHER_LAS = phase("teacher_las", "teacher", size=4000)
 STUDENT = phase("student", "distilled", "teacher")
-CONTROL = phase("student_control", "control", "teacher")
+CONTROL = phase("student_control", "control", "teacher", control_of="student")
 FINETUNE = phase("finetune", "distilled", "teacher")
+NO_KD = phase("finetune_nokd", "control", "teacher", control_of="finetune")
 
 
 def records(name, methods, test_set="test-clean", mode="offline"):
@@ -76,8 +78,37 @@ def test_only_the_same_mode_and_test_set_are_compared():
 
 
 def test_phases_without_a_role_or_a_partner_are_not_compared():
-    phases = [phase("a", ""), phase("b", ""), phase("lonely_control", "control")]
+    phases = [phase("a", ""), phase("b", ""), phase("lonely_control", "control", control_of="lonely")]
     assert found(phases, *(records(p["name"], ["greedy_search"]) for p in phases)) == []
+
+
+def test_every_control_of_a_phase_is_compared_with_it():
+    phases = [FINETUNE, phase("finetune_control", "control", control_of="finetune"), NO_KD]
+    groups = [records(p["name"], [NBEST, RESCORED]) for p in phases]
+    assert [pair[1:] for pair in found(phases, *groups) if pair[0] == "control"] == [
+        (name, method, "finetune", method)
+        for name in ("finetune_control", "finetune_nokd")
+        for method in (RESCORED, NBEST)
+    ]
+
+
+def test_stale_phases_are_in_no_pair_and_unlike_controls_only_with_the_teacher():
+    phases = [TEACHER, TEACHER_LAS, STUDENT, CONTROL, FINETUNE, NO_KD]
+    groups = [records(p["name"], [NBEST, RESCORED]) for p in phases]
+    stale = [{**p, "is_stale": p in (TEACHER, FINETUNE)} for p in phases]
+    assert {(kind, a, b) for kind, a, _, b, _ in found(stale, *groups)} == {
+        ("teacher", "teacher_las", "student"),
+        ("teacher", "teacher_las", "student_control"),
+        ("teacher", "teacher_las", "finetune_nokd"),
+        ("control", "student_control", "student"),
+        *(("first pass", p["name"], p["name"]) for p in (TEACHER_LAS, STUDENT, CONTROL, NO_KD)),
+    }
+    unlike = [{**p, "is_unlike": p is CONTROL} for p in phases]
+    of_control = {pair[:2] + pair[3:4] for pair in found(unlike, *groups) if "student_control" in pair}
+    assert of_control == {
+        ("teacher", "teacher", "student_control"),
+        ("first pass", "student_control", "student_control"),
+    }
 
 
 # Numbers

@@ -20,12 +20,12 @@ from made_up import ROOT, record, write_lines, write_phase  # noqa: E402
 def exp_dir(tmp_path):
     root = tmp_path / "two_pass" / "exp" / "synthetic-mini"
     small = {"phase": "student", "params_deployed": 500_000}
-    taught = {"teacher": {"kind": "exp_dir", "exp_dir": "exp/synthetic-mini/teacher"}}
+    taught = {"teacher": {"kind": "exp_dir", "exp_dir": str(root / "teacher")}}
     student = [record(wer=8.0, **small), record(test_set="test-other", **small)]
     write_phase(root, "student", student, 500_000, **taught)
     teacher = [record(), record(test_set="test-other", method="beam", wer=9.0)]
     write_phase(root, "teacher", teacher, 1_750_000)
-    stages = [(2, "teacher", 99.0), (0, "data", 5.0), (2, "teacher", 60.0), (2, "teacher again", 3.0)]
+    stages = [(2, "teacher", 99.0), (0, "data", 5.0), (2, "teacher", 60.0), (2, "teacher_las", 3.0)]
     write_lines(root / "stages.jsonl", [{"stage": s, "name": n, "seconds": t} for s, n, t in stages])
     return root
 
@@ -46,12 +46,41 @@ def test_collects_phases_and_the_newest_stage_times(exp_dir):
     assert report["missing"] == ["the description of the synthetic corpus (corpus.json)"]
 
 
-def test_training_speed_is_weighted_by_time_and_the_best_validation_is_that_of_the_loss(exp_dir):
+def test_steps_that_were_renamed_or_moved_count_once(exp_dir):
+    steps = [
+        (6, "decode and report", 100.0), (6, "decode", 50.0), (6, "report", 2.0), (3, "teacher_las", 7.0),
+        (2, "teacher", 60.0), (2, "teacher_las", 8.0), (6, "decode teacher", 10.0), (6, "report", 3.0),
+        (6, "decode teacher_las", 11.0),
+    ]  # fmt: skip
+    write_lines(exp_dir / "stages.jsonl", [{"stage": s, "name": n, "seconds": t} for s, n, t in steps])
+    report = collect.collect(exp_dir)
+    kept = {(s["stage"], s["name"]): s["seconds"] for s in report["stages"]}
+    assert kept == {
+        (2, "teacher"): 60.0, (2, "teacher_las"): 8.0, (6, "decode teacher"): 10.0,
+        (6, "decode teacher_las"): 11.0, (6, "report"): 3.0,
+    }  # fmt: skip
+    assert tables.stage_total(report) == "1.5 minutes together"
+
+
+def test_the_time_of_control_arms_is_told_apart(exp_dir):
+    steps = {
+        "student": 120.0, "student_control": 60.0, "finetune_nokd": 30.0, "decode student": 60.0,
+        "decode student_control": 90.0,
+    }  # fmt: skip
+    lines = [{"stage": 6 if " " in n else 3, "name": n, "seconds": t} for n, t in steps.items()]
+    write_lines(exp_dir / "stages.jsonl", lines)
+    report = collect.collect(exp_dir)
+    told = "without the control arms: 3.0 minutes; the control arms: 3.0 minutes"
+    assert tables.stage_total(report) == told
+    assert told in html.render(report, "") and f"Stages ({told}):" in text.markdown_section(report)
+
+
+def test_training_speed_is_weighted_by_time_and_the_last_validation_is_kept(exp_dir):
     training = collect.collect(exp_dir)["phases"][0]["training"]
     # 10 s at 100 and 30 s at 200 audio-s/s, not the mean of 100 and 200.
     assert training["audio_s_per_s"] == pytest.approx(175.0)
-    assert training["elapsed_s"] == 40.0 and training["updates"] == 100 and training["final_loss"] == 0.25
-    assert training["best_valid"]["step"] == 50
+    assert training["elapsed_s"] == 40.0 and training["updates"] == 100
+    assert training["last_valid"]["step"] == 100
 
 
 def test_missing_pieces_are_named_and_old_runs_are_left_out(exp_dir):
@@ -159,11 +188,64 @@ def test_results_have_a_column_per_test_set_and_a_gap_where_one_was_not_decoded(
 
 
 def test_notes_warn_of_oracles_and_of_mixed_or_dirty_code():
-    assert tables.notes({"records": [record()]}) == []
-    assert tables.ORACLE_NOTE in tables.notes({"records": [record(method="fast_beam_search_nbest_oracle")]})
-    mixed = {"records": [record(), record(commit="def456")]}
-    assert "several commits (abc123, def456)" in tables.notes(mixed)[0]
-    assert "-dirty" in tables.notes({"records": [record(commit="abc-dirty")]})[0]
+    def notes(*records):
+        return tables.notes({"records": list(records), "phases": []})
+
+    assert notes(record()) == []
+    oracle = record(method="fast_beam_search_nbest_oracle")
+    assert notes(oracle) == [tables.ORACLE_NOTE]
+    rescored = record(method="modified_beam_search_las_rescore", parameters={"rescore_nbest": 16})
+    told = "The LAS rescored the best 16 hypotheses of the first pass's n-best list."
+    assert notes(oracle, rescored) == [f"{tables.ORACLE_NOTE} {told}"]
+    assert "several commits (abc123, def456)" in notes(record(), record(commit="def456"))[0]
+    assert "-dirty" in notes(record(commit="abc-dirty"))[0]
+
+
+@pytest.mark.parametrize(
+    ("counts", "told"),
+    [
+        ([16, 16], "the best 16 hypotheses of the first pass's n-best list"),
+        ([0], "all hypotheses of the first pass's n-best list"),
+        ([16, 8], "the best first few"),
+        ([None], "the best first few"),
+        ([], ""),
+    ],
+)
+def test_how_many_hypotheses_the_second_pass_saw(counts, told):
+    method = "fast_beam_search_nbest_las_rescore"
+    records = [record(method=method, parameters=n and {"rescore_nbest": n}) for n in counts]
+    if counts == [0]:
+        records = [record(method=method, parameters={"rescore_nbest": 0})]
+    found = tables.rescored_text({"records": [record(), *records]})
+    assert found.startswith(told) and bool(found) == bool(told)
+
+
+def test_a_part_that_was_validated_on_and_tested_is_named(exp_dir):
+    config = {"corpus": "synthetic", "scale": "mini", "data": {"valid_part": "test-other"}}
+    (exp_dir / "teacher" / "config.json").write_text(json.dumps(config))
+    tuned = [record(parameters={"tuned_on": "test-clean"}), record(parameters={"tuned_on": "dev"})]
+    (exp_dir / "teacher" / "metrics.json").write_text(json.dumps(tuned))
+    report = collect.collect(exp_dir)
+    named = [note.split()[0] for note in tables.notes(report) if "no independent test" in note]
+    assert named == ["test-other", "test-clean"]
+    assert "test-other is a test set here and was also" in html.render(report, "")
+
+
+def test_training_shows_the_terms_of_the_last_validation(exp_dir):
+    report = collect.collect(exp_dir)
+    rows = tables.training_rows(report)
+    assert rows[0][-3:] == ["dev pruned_loss", "dev las_loss", "dev WER %"]
+    assert rows[1][-3:] == ["0.625", "-", "30.0"]
+    teacher = report["phases"][0]
+    teacher["config"]["objective"] = "las"  # the first pass is frozen: its WER is another phase's
+    teacher["training"]["last_valid"] = {"step": 9, "las_loss": 1.5, "loss": 2.0, "wer": 30.0}
+    assert tables.training_rows(report)[1][-3:] == ["-", "1.500", "-"]
+    assert (
+        len(plots.learning_curves(teacher).axes) == 2
+        and len(plots.learning_curves(report["phases"][1]).axes) == 3
+    )
+    assert "prunes by its teacher's bounds" in text.markdown_section(report)
+    assert "see other lattices" in html.render(report, "")
 
 
 def test_terminal_and_markdown_tables():

@@ -20,7 +20,7 @@ LAS = {"las": {"enabled": True}}
 
 
 def taught_by(name):
-    return {"teacher": {"kind": "exp_dir", "exp_dir": name}}
+    return {"teacher": {"kind": "exp_dir", "exp_dir": str(name)}}
 
 
 @pytest.fixture
@@ -39,9 +39,9 @@ def root(tmp_path):
 
     big, small = 4_000_000, 1_000_000
     write_phase(exp, "teacher", decodings("teacher", 8.0, size=big), big, objective="transducer")
-    config = {"objective": "las", "init": {"exp_dir": "x/teacher"}, "model": LAS}
+    config = {"objective": "las", "init": {"exp_dir": str(exp / "teacher")}, "model": LAS}
     write_phase(exp, "teacher_las", decodings("teacher_las", 8.0, 6.0, big), 4_500_000, **config)
-    config = {"objective": "two_pass", "model": LAS, **taught_by("x/teacher_las")}
+    config = {"objective": "two_pass", "model": LAS, **taught_by(exp / "teacher_las")}
     write_phase(exp, "student", decodings("student", 9.0, 7.0, small), 1_500_000, **config)
     config = {"objective": "two_pass", "model": LAS}
     write_phase(exp, "student_control", decodings("student_control", 12.0, 10.0, small), 1_500_000, **config)
@@ -64,9 +64,9 @@ def test_systems_side_by_side_by_hand(root):
     report = collect.collect(root)
     rows = systems.side_by_side_rows(report)
     assert rows[0] == [
-        "phase", "what", "test-clean first pass %", "test-clean rescored %", "test-clean oracle %",
-        "test-other rescored %", "parameters", "float32 MB", "smaller than teacher by", "x real time",
-        "2nd / 1st pass time",
+        "phase", "what", "test-clean first pass %", "test-clean rescored %",
+        "test-clean oracle of the whole list %", "test-other rescored %", "parameters", "float32 MB",
+        "smaller than teacher by", "x real time", "2nd / 1st pass time",
     ]  # fmt: skip
     # 1,200 s of audio in 10 s; with the second pass 12.5 s, of which 2.5 s are the LAS: 25 % of the first.
     # A student with a LAS is 1 - 1.5 / 4.5 smaller than the teacher with one.
@@ -92,7 +92,7 @@ def test_systems_side_by_side_by_hand(root):
 
 def test_a_student_without_las_is_compared_with_the_teacher_without_one(root):
     write_phase(
-        root, "small", [record("small", params_deployed=1_000_000)], 1_000_000, **taught_by("x/teacher")
+        root, "small", [record("small", params_deployed=1_000_000)], 1_000_000, **taught_by(root / "teacher")
     )
     report = collect.collect(root)
     row = next(r for r in systems.side_by_side_rows(report) if r[0] == "small")
@@ -198,6 +198,10 @@ def test_comparisons_by_kind_and_the_best_method_alone(root):
     assert control["rows"][2][6:] == ["-", "-", "-"]
     assert passes["rows"][1][:3] == ["student", "its first pass", "rescored"]
     assert teacher["rows"][1][:3] == ["student", "teacher_las", "rescored, streaming"]
+    assert systems.comparison_notes(report) == [systems.COMPARISON_NOTE, systems.CONTROL_NOTE]
+    report["comparisons"] += [compared(phase_a="student_nokd")]
+    assert systems.comparison_notes(report)[2:] == [systems.NOKD_NOTE]
+    del report["comparisons"][-1]
     short = systems.comparison_tables(report, is_short=True)
     assert [made["rows"][1:] for made in short] == [teacher["rows"][1:], [rescored], passes["rows"][1:]]
 
@@ -229,7 +233,12 @@ def test_from_recogs_to_the_page_and_the_texts(root):
 
 
 def test_page_escapes_what_comparisons_and_configurations_say(root):
-    config = {"objective": "las", "init": {"exp_dir": "x/teacher"}, "model": LAS, "corpus": "<b>synthetic"}
+    config = {
+        "objective": "las",
+        "init": {"exp_dir": str(root / "teacher")},
+        "model": LAS,
+        "corpus": "<b>synthetic",
+    }
     (root / "teacher_las" / "config.json").write_text(json.dumps(config))
     report = collect.collect(root)
     report["comparisons"] = [compared(phase_b="<script>alert(1)</script>", p_value=0.0001)]
@@ -277,3 +286,20 @@ def test_first_pass_rescored_and_oracle_are_drawn_in_one_line(root):
     assert drawn[:2] == [(8.0, -0.15, 1.0, False), (2.0, 0.0, None, True)]
     assert drawn[2:5] == [(8.0, 0.85, 0.45, False), (6.0, 1.15, 1.0, False), (2.0, 1.0, None, True)]
     assert len(figure.axes[1].lines) == 6  # of test-other the three rescored rates and their intervals
+
+
+def test_columns_and_captions_say_what_the_second_pass_and_the_oracle_saw(root):
+    for name in ("student", "student_control", "teacher_las"):
+        path = root / name / "metrics.json"
+        made = [{**r, "parameters": {"rescore_nbest": 16}} for r in json.loads(path.read_text())]
+        path.write_text(json.dumps(made))
+    report = collect.collect(root)
+    assert systems.side_by_side_rows(report)[0][3:6] == [
+        "test-clean rescored (best 16) %",
+        "test-clean oracle of the whole list %",
+        "test-other rescored (best 16) %",
+    ]
+    seen = "the best 16 hypotheses of the first pass's n-best list"
+    assert f"Rescored: {seen}, reordered by the LAS." in systems.side_by_side_notes(report)
+    by_pass = next(figure for figure in plots.figures(report) if "second pass" in figure.title)
+    assert seen in by_pass.text and "oracle of the whole list" in by_pass.text

@@ -3,7 +3,7 @@
 Compared are, on the same test set in the same mode,
 
     "teacher"      a distilled phase or a control with its teacher
-    "control"      a distilled phase with the same phase trained without distillation
+    "control"      a distilled phase with each of its controls
     "first pass"   the rescored n-best lists with the first pass that made them
 
 B is compared with A: a negative difference means that B, the phase or pass in question, makes fewer errors.
@@ -32,8 +32,10 @@ def comparisons(
 ) -> Tuple[List[Dict[str, Any]], List[str]]:
     """What could be compared, and sentences on what could not and why.
 
-    exp_dir: holds the phases' folders. phases: dicts with name, role, teacher and params_deployed, as
-    report/phases.py explains them. records: the phases' decodings, `phase` being the folder's name.
+    exp_dir: holds the phases' folders. phases: dicts with name, role, teacher, control_of, params_deployed,
+    is_stale and is_unlike, as report/phases.py and report/checks.py explain them: stale ones are compared
+    with nothing, a control that is unlike its phase not with that. records: the phases' decodings, `phase`
+    being the folder's name.
 
     A comparison has kind, mode, test_set; phase_a, method_a, wer_a and phase_b, method_b, wer_b; difference
     (WER of B minus WER of A) with its 95 % interval low and high; relative (per cent of A's WER, None where
@@ -55,8 +57,10 @@ def pairs(phases: Sequence[Dict[str, Any]], records: Sequence[Record]) -> List[P
     for r in records:
         decoded.setdefault((r["phase"], r["mode"], r["test_set"]), {})[r["method"]] = r
     found = []
+    phases = [p for p in phases if not p["is_stale"]]
     for phase in phases:
-        others = (("teacher", _teachers(phase, phases)), ("control", [phase["name"] + "_control"]))
+        controls = [p for p in phases if p["control_of"] == phase["name"] and not p["is_unlike"]]
+        others = [("teacher", _teachers(phase, phases)), *(("control", [p["name"]]) for p in controls)]
         for (name, mode, test_set), own in decoded.items():
             if name != phase["name"]:
                 continue
@@ -96,7 +100,8 @@ def _teachers(phase: Dict[str, Any], phases: Sequence[Dict[str, Any]]) -> List[s
     if phase["role"] not in ("distilled", "control"):
         return []
     taught = sorted((p for p in phases if p["role"] == "teacher"), key=lambda p: -(p["params_deployed"] or 0))
-    return [name for name in (phase["teacher"], *(p["name"] for p in taught)) if name]
+    known = {p["name"] for p in phases}
+    return [name for name in (phase["teacher"], *(p["name"] for p in taught)) if name in known]
 
 
 def _shared(theirs: Sequence[Dict[str, Record]], own: Dict[str, Record]) -> Iterator[Tuple[Record, Record]]:

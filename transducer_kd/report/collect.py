@@ -4,13 +4,16 @@
     <recipe>/exp/<corpus>-<scale>/<phase>/metrics.json       list of decoding records, see RECORD_FIELDS
                                          /train_log.jsonl    {"kind": "train"|"valid", "step", ...} a line
                                          /config.json        resolved configuration
-                                         /meta.json          commit, command, versions, parameter counts
+                                         /meta.json          commit, command, versions, parameter counts,
+                                                             where first weights and teacher are from
+                                         /.done              last line "ended <unix time>", from run.sh
 
 The result is one plain dict, which is also what report.json holds:
 
     {"recipe", "corpus", "scale", "is_synthetic",
-     "phases":  [{"name", "params_deployed", "config", "meta", "training": {...} or None,
-                  and what phases.arrange adds: "role", "teacher", "control_of", "has_las", "what"}],
+     "phases":  [{"name", "params_deployed", "config", "meta", "ended", "training": {...} or None,
+                  and what phases.arrange and checks add: "role", "teacher", "control_of", "has_las", "what",
+                  "begins_with", "learns_from", "is_stale", "is_unlike"}],
      "records": [record, ...],              every decoding of every phase, phases in the order above
      "comparisons": [],                     paired ones, put here by who can make them (decode/compare.py)
      "stages":  [{"stage", "name", "seconds"}],
@@ -25,10 +28,12 @@ import json
 import math
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 from transducer_kd.log import UserError, read_jsonl
+from transducer_kd.report import checks
 from transducer_kd.report.phases import arrange
 
 # Field -> type of a record; `float` also takes ints. Anything else a record holds is kept as it is.
@@ -84,12 +89,13 @@ def collect(exp_dir: Path, corpus_json: Optional[Path] = None) -> Dict[str, Any]
             phase["params_deployed"] = max((r["params_deployed"] for r in own), default=None)
         phases.append(phase)
         records.extend({**record, "phase": folder.name} for record in own)
-    phases = arrange(phases)
+    phases = arrange(phases, exp_dir)
     order = [p["name"] for p in phases]
     records.sort(key=lambda r: order.index(r["phase"]))
-    stages = _read_stages(exp_dir / "stages.jsonl")
+    stages = _read_stages(exp_dir / "stages.jsonl", order)
     if not stages:
         missing.append("stage times (no stages.jsonl: the stages were not run by run.sh)")
+    missing += checks.mark_stale(phases, stages) + checks.mark_unlike(phases)
     corpus, scale = _corpus_and_scale(exp_dir.name, phases, records)
     summary = _read_corpus(corpus_json, phases)
     is_synthetic = corpus.startswith("synthetic")
@@ -176,6 +182,7 @@ def _read_phase(folder: Path, missing: List[str]) -> Dict[str, Any]:
     parameters = (found["meta"] or {}).get("parameters")
     if isinstance(parameters, dict):
         found["params_deployed"] = parameters.get("deployed")
+    found["ended"] = _ended(folder / ".done")
     lines = read_jsonl(folder / "train_log.jsonl", ("kind", "step"))
     found["training"] = _training(lines)
     if not lines:
@@ -183,8 +190,15 @@ def _read_phase(folder: Path, missing: List[str]) -> Dict[str, Any]:
     return found
 
 
+def _ended(mark: Path) -> Optional[float]:
+    """The time in the last line of run.sh's mark; None where it did not end the training."""
+    lines = mark.read_text(encoding="utf-8").splitlines() if mark.exists() else []
+    found = re.fullmatch(r"ended (\d+(?:\.\d+)?)", lines[-1]) if lines else None
+    return float(found[1]) if found else None
+
+
 def _training(lines: List[Dict[str, Any]]) -> Optional[Dict[str, Any]]:
-    """What a training log says: its length, its speed, its best validation and its curves."""
+    """What a training log says: its length, its speed, its last validation and its curves."""
     train = [line for line in lines if line["kind"] == "train"]
     valid = [line for line in lines if line["kind"] == "valid"]
     if not train:
@@ -195,14 +209,12 @@ def _training(lines: List[Dict[str, Any]]) -> Optional[Dict[str, Any]]:
         window_s = max(line.get("elapsed_s", 0.0) - elapsed_s, 0.0)
         audio_s += line.get("audio_s_per_s", 0.0) * window_s
         elapsed_s += window_s
-    best = min((v for v in valid if "loss" in v), key=lambda v: v["loss"], default=None)
     return {
         "updates": train[-1]["step"],
         "epochs": train[-1].get("epoch"),
         "elapsed_s": elapsed_s,
         "audio_s_per_s": audio_s / elapsed_s if elapsed_s else None,
-        "final_loss": train[-1].get("loss"),
-        "best_valid": best,
+        "last_valid": valid[-1] if valid else None,
         "train_curve": _thinned(train),
         "valid_curve": _thinned(valid),
     }
@@ -214,13 +226,22 @@ def _thinned(lines: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
     return lines[::-1][::step][::-1]
 
 
-def _read_stages(path: Path) -> List[Dict[str, Any]]:
-    """The last time of every stage: a step that was run again replaces its earlier line.
+def _read_stages(path: Path, phases: List[str]) -> List[Dict[str, Any]]:
+    """The last time of every step: one that was run again replaces its earlier line.
 
-    One stage may have several steps (6: decoding, then the report), which differ by name.
+    A stage may have several steps (6: decoding of each phase, then the report), which differ by name. What a
+    recipe once called otherwise is the same step, "decode" for one that is now "decode teacher"; but the name
+    of a phase is always that of its training.
     """
-    lines = read_jsonl(path, ("stage", "name", "seconds"))
-    latest = {(str(line["stage"]), str(line["name"])): line for line in lines}
+    latest: Dict[str, Dict[str, Any]] = {}
+    for line in read_jsonl(path, ("stage", "name", "seconds")):
+        words = set(str(line["name"]).split())
+        for name, other in list(latest.items()):
+            earlier = set(name.split())
+            is_same = other["stage"] == line["stage"] and (earlier < words or words < earlier)
+            if is_same and not {name, line["name"]} & set(phases):
+                del latest[name]
+        latest[str(line["name"])] = line
     return sorted(latest.values(), key=lambda line: (len(str(line["stage"])), str(line["stage"])))
 
 

@@ -24,12 +24,13 @@ def render(report: Dict[str, Any], made: str) -> str:
         side_by_side_notes=systems.side_by_side_notes(report),
         comparisons=systems.comparison_tables(report, is_short=True),
         all_comparisons=systems.comparison_tables(report),
-        comparison_note=systems.COMPARISON_NOTE,
+        comparison_notes=systems.comparison_notes(report),
         results=tables.results_rows(report),
         details=tables.detail_rows(report),
         training=tables.training_rows(report),
+        training_note=tables.TRAINING_NOTE,
         stages=tables.stage_rows(report),
-        total_minutes=tables.number(sum(s["seconds"] for s in report["stages"]) / 60, 1),
+        stage_total=tables.stage_total(report),
         corpus=tables.corpus_rows(report),
         provenance=tables.provenance_rows(report),
         figures=plots.figures(report),
@@ -46,6 +47,7 @@ def _cards(report: Dict[str, Any]) -> List[Dict[str, Any]]:
         rates = [(name, f"{r['wer']:.2f}") for name, r in by_set.items()]
         size, saved = tables.millions(some["params_deployed"]), systems.saved(phase, report)
         size += "" if saved is None else f" ({systems.percent(saved)} smaller than the teacher)"
-        about = [phase["role"], size, some["method"], some["mode"]]
+        role = phase["what"] if phase["role"] == "control" else phase["role"]
+        about = [role, size, some["method"], some["mode"]]
         cards.append({"label": phase["name"], "rates": rates, "about": ", ".join(filter(None, about))})
     return cards

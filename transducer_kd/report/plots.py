@@ -14,7 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from transducer_kd.report import tables
+from transducer_kd.report.phases import NO_KD
 from transducer_kd.report.systems import systems
+from transducer_kd.report.tables import rescored_text
 
 # Marker colours -> what the page draws.
 _INK, _FAINT = "#010203", "#040506"
@@ -51,15 +53,18 @@ _STYLE = {
 
 _SIZE_TEXT = (
     "Each system's best method, rescored where there is a LAS, with 95 % intervals; all parameters that this "
-    "runs. Squares are teachers, crosses controls, a control in the colour of what it controls; triangles "
-    "stream. Models of one size are drawn side by side."
+    "runs. Squares are teachers, small crosses controls (upright: finetuned without distillation terms) in "
+    "the colour of what they control; triangles stream. Models of one size are drawn side by side."
 )
 _PASS_TEXT = (
-    "Of each system above the first pass, below what the LAS makes of its n-best lists (strong colour), with "
-    "95 % intervals. Hollow: the oracle of the same lists, a bound. Squares are teachers, crosses controls."
+    "Of each system above the first pass, below what the LAS makes of {rescored} (strong colour), with 95 % "
+    "intervals. Hollow: the oracle of the whole list, a bound. Squares are teachers, small crosses controls."
 )
 _METHOD_TEXT = "Points are word error rates, bars their 95 % intervals. Hollow: an oracle, which is a bound."
-_CURVE_TEXT = "Losses per encoder frame (40 ms). The WER is that of a few dev utterances, decoded greedily."
+_CURVE_TEXT = (
+    "Losses per encoder frame (40 ms). The WER is that of a few dev utterances, decoded greedily; none is "
+    "shown where the first pass is frozen."
+)
 
 
 class Drawing(NamedTuple):
@@ -77,15 +82,18 @@ def figures(report: Dict[str, Any]) -> List[Drawing]:
     has_many = len(report["phases"]) > 2
     with matplotlib.rc_context(_STYLE):
         if report["records"]:
-            found.append(Drawing("Word error rate against size", _svg(wer_against_size(report)), _SIZE_TEXT))
-            if any(system["rescored"] for system in systems(report)):
-                by_pass = _svg(wer_by_pass(report))
-                found.append(Drawing("Word error rate of the first and the second pass", by_pass, _PASS_TEXT))
+            of_all = systems(report)
+            if any(system["headline"] for system in of_all):
+                by_size = _svg(wer_against_size(report))
+                found.append(Drawing("Word error rate against size", by_size, _SIZE_TEXT))
+            if any(system["rescored"] for system in of_all):
+                by_pass, seen = _svg(wer_by_pass(report)), _PASS_TEXT.format(rescored=rescored_text(report))
+                found.append(Drawing("Word error rate of the first and the second pass", by_pass, seen))
             by_method = _svg(wer_by_method(report))
             found.append(Drawing("Word error rate by decoding method", by_method, _METHOD_TEXT, has_many))
         for phase in report["phases"]:
             if phase["training"]:
-                title = f"Learning curves: {phase['name']}"
+                title = f"Learning curves: {tables.labels(report)[phase['name']]}"
                 found.append(Drawing(title, _svg(learning_curves(phase)), _CURVE_TEXT, has_many))
         if report["stages"]:
             found.append(Drawing("Time of each stage", _svg(stage_times(report)), ""))
@@ -151,7 +159,7 @@ def wer_by_pass(report: Dict[str, Any]) -> Figure:
 
 def wer_by_method(report: Dict[str, Any]) -> Figure:
     """One panel per test set, one line per phase, mode and method."""
-    decodings, sets = tables.decodings(report), tables.test_sets(report)
+    decodings, sets, names = tables.decodings(report), tables.test_sets(report), tables.labels(report)
     figure, panels = _panels(len(sets), height=0.9 + 0.26 * len(decodings), share_y=True)
     for panel, name in zip(panels, sets):
         highest = 0.0
@@ -164,7 +172,7 @@ def wer_by_method(report: Dict[str, Any]) -> Figure:
             panel.plot([r["wer_low"], r["wer_high"]], [y, y], color=style["color"], linewidth=2.2, alpha=0.45)
             face = "none" if "oracle" in method else style["color"]
             panel.plot([r["wer"]], [y], markerfacecolor=face, **style)
-        panel.set_yticks(range(len(decodings)), _labels([who for who, _ in decodings]))
+        panel.set_yticks(range(len(decodings)), _labels([(names[who[0]], *who[1:]) for who, _ in decodings]))
         panel.set(
             xlim=(0, highest * 1.08 or 1), ylim=(len(decodings) - 0.5, -0.5), title=name, xlabel="WER %"
         )
@@ -172,9 +180,13 @@ def wer_by_method(report: Dict[str, Any]) -> Figure:
 
 
 def learning_curves(phase: Dict[str, Any]) -> Figure:
-    """Loss of training and validation, validation WER and speed, against updates."""
-    training = phase["training"]
-    figure, (losses, errors, speed) = _panels(3, height=2.6)
+    """Loss of training and validation, validation WER and speed, against updates.
+
+    Without the WER where the first pass is frozen.
+    """
+    training, has_wer = phase["training"], not tables.is_frozen(phase)
+    figure, panels = _panels(3 if has_wer else 2, height=2.6)
+    losses, speed = panels[0], panels[-1]
     for i, (label, curve) in enumerate((("train", "train_curve"), ("dev", "valid_curve"))):
         steps, values = _series(training[curve], "loss")
         losses.plot(steps, values, color=_COLOURS[i], marker="o" if i else "", markersize=3, label=label)
@@ -186,13 +198,14 @@ def learning_curves(phase: Dict[str, Any]) -> Figure:
         losses.yaxis.set_minor_locator(NullLocator())
     losses.legend(loc="upper right")
     losses.set(title="loss", xlabel="updates")
-    steps, values = _series(training["valid_curve"], "wer")
-    errors.plot(steps, values, color=_COLOURS[1], marker="o", markersize=3)
-    errors.set(title="dev WER %", xlabel="updates", ylim=(0, max([*values, 1.0]) * 1.05))
+    if has_wer:
+        steps, values = _series(training["valid_curve"], "wer")
+        panels[1].plot(steps, values, color=_COLOURS[1], marker="o", markersize=3)
+        panels[1].set(title="dev WER %", xlabel="updates", ylim=(0, max([*values, 1.0]) * 1.05))
     steps, values = _series(training["train_curve"], "audio_s_per_s")
     speed.plot(steps, values, color=_COLOURS[2])
     speed.set(title="audio seconds per second", xlabel="updates", ylim=(0, max([*values, 1.0]) * 1.1))
-    for panel in (losses, errors, speed):
+    for panel in panels:
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
         panel.set_xlim(0, training["updates"] * 1.03)
     return figure
@@ -220,9 +233,11 @@ def _point(report: Dict[str, Any], phase: str, mode: str) -> Dict[str, Any]:
     if mode == "streaming":
         marker = "v" if role == "control" else "^"
     else:
-        marker = {"teacher": "s", "control": "X"}.get(role, "o")
+        of_control = "P" if phase.endswith(NO_KD) else "X"
+        marker = {"teacher": "s", "control": of_control}.get(role, "o")
     colour = _COLOURS[list(dict.fromkeys(owners.values())).index(owners[phase]) % len(_COLOURS)]
-    return {"color": colour, "marker": marker, "markersize": 6, "linestyle": "none"}
+    size = 4.5 if role == "control" else 6
+    return {"color": colour, "marker": marker, "markersize": size, "linestyle": "none"}
 
 
 def _labels(systems: Sequence[Tuple[str, str, str]]) -> List[str]:

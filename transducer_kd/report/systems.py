@@ -17,19 +17,29 @@ _SIGNIFICANT = 0.05
 
 COMPARISON_NOTE = (
     "A difference is the WER of the system minus that of what it is compared with, in percentage points: "
-    "below zero is better; relative is per cent of the other's WER. Paired bootstrap over the utterances of "
-    "the test set; better and worse mean p < 0.05, not corrected for the number of comparisons. This says "
-    "how sure the test set makes a difference between these models, not how another training would end."
+    "below zero is better; relative is per cent of the other's WER. Paired bootstrap: the utterances of the "
+    "test set are resampled, though those of one speaker are not independent, so that the intervals are "
+    "somewhat too narrow. Better and worse mean p < 0.05, not corrected for the number of comparisons. There "
+    "is one training run (one seed) of each system: this says how sure the test set makes a difference "
+    "between these models, not how another training would end."
+)
+CONTROL_NOTE = (
+    "A control (_control) repeats the whole chain of trainings up to its stage without a teacher, so what "
+    "one stage gave alone cannot be read from it."
+)
+NOKD_NOTE = (
+    "A system with _nokd begins with the same distilled weights as the one it is compared with and leaves "
+    "out the distillation terms of this stage alone."
 )
 _HEADINGS = {
     "teacher": "Distilled systems and controls against the teacher",
-    "control": "Distilled systems against the same training without distillation",
+    "control": "Distilled systems against their controls, trained without distillation",
     "first pass": "Second pass against the first pass that it rescores",
 }
 
 
 def systems(report: Dict[str, Any]) -> List[Dict[str, Any]]:
-    """One dict per phase and mode, in the order of the phases, also for what was not decoded:
+    """One dict per phase and mode, in the order of the phases, without stale ones, with undecoded ones:
 
     phase           the phase's dict
     mode, label     None where it was not decoded; the phase's name, with the mode where there are several
@@ -40,6 +50,8 @@ def systems(report: Dict[str, Any]) -> List[Dict[str, Any]]:
     modes = {mode for (_, mode, _), _ in decodings}
     found = []
     for phase in report["phases"]:
+        if phase["is_stale"]:
+            continue
         own = {who[1:]: by_set for who, by_set in decodings if who[0] == phase["name"]}
         for mode in dict.fromkeys(mode for mode, _ in own) or [None]:
             methods = {method: by_set for (m, method), by_set in own.items() if m == mode}
@@ -69,20 +81,26 @@ def saved(phase: Dict[str, Any], report: Dict[str, Any]) -> Optional[float]:
 
 
 def key_systems(report: Dict[str, Any]) -> List[Dict[str, Any]]:
-    """What a reader wants first: the whole teacher, the last distilled system and its control, or all."""
+    """What a reader wants first: the whole teacher, the last distilled system and its controls, or all."""
     decoded = [s for s in systems(report) if s["headline"]]
     distilled = [s["phase"] for s in decoded if s["phase"]["role"] == "distilled"]
     if not distilled:
         return decoded
     last, teacher = distilled[-1], teacher_of(distilled[-1], report)
-    names = {last["name"], last["name"] + phases.CONTROL, teacher["name"] if teacher else None}
-    return [s for s in decoded if s["phase"]["name"] in names]
+    names = {last["name"], teacher["name"] if teacher else None}
+
+    def is_key(phase: Dict[str, Any]) -> bool:
+        return phase["name"] in names or (phase["control_of"] == last["name"] and not phase["is_unlike"])
+
+    return [s for s in decoded if is_key(s["phase"])]
 
 
 def side_by_side_rows(report: Dict[str, Any], has_what: bool = True) -> List[Row]:
     """One row per system; columns that would be empty for all are left out."""
     of_all, sets = systems(report), tables.test_sets(report)
-    passes = {"first": "first pass", "rescored": "rescored", "oracle": "oracle"}
+    passes = {"first": "first pass", "rescored": "rescored", "oracle": "oracle of the whole list"}
+    best = tables.num_rescored(report)
+    passes["rescored"] += f" (best {best})" if best else ""
     shown = [(s, name) for s in sets for name in passes if any(s in system[name] for system in of_all)]
     has_second = any(system["rescored"] for system in of_all)
     header = ["phase", *(["what"] if has_what else []), *(f"{s} {passes[name]} %" for s, name in shown)]
@@ -108,14 +126,14 @@ def side_by_side_notes(report: Dict[str, Any]) -> List[str]:
     names = [m if len(methods) == 1 else f"{m} for {', '.join(labels)}" for m, labels in methods.items()]
     out = [f"First pass: {'; '.join(names)}."] if names else []
     if any(system["rescored"] for system in of_all):
-        out.append("Rescored: the n-best lists of the first pass, reordered by the LAS.")
+        out.append(f"Rescored: {tables.rescored_text(report)}, reordered by the LAS.")
         out.append(
             "Time: encoder, search and second pass together, as seconds of audio in a second. 2nd / 1st pass "
             "time: what rescoring adds."
         )
     pairs = {
         t["name"]: f"{t['name']} ({tables.millions(t['params_deployed'])})"
-        for t in (teacher_of(p, report) for p in report["phases"])
+        for t in (teacher_of(p, report) for p in report["phases"] if not p["is_stale"])
         if t
     }
     if pairs:
@@ -158,6 +176,15 @@ def comparison_tables(report: Dict[str, Any], is_short: bool = False) -> List[Di
         if len(rows) > 1:
             made.append({"title": title, "rows": rows})
     return made
+
+
+def comparison_notes(report: Dict[str, Any]) -> List[str]:
+    """What a reader of the comparisons has to know; nothing where none was made."""
+    compared = report["comparisons"]
+    controls = {c["phase_a"] for c in compared if c["kind"] == "control"}
+    out = [COMPARISON_NOTE] if compared else []
+    out += [CONTROL_NOTE] if any(name.endswith(phases.CONTROL) for name in controls) else []
+    return out + ([NOKD_NOTE] if any(name.endswith(phases.NO_KD) for name in controls) else [])
 
 
 def verdict(comparison: Dict[str, Any]) -> str:

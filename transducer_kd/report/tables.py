@@ -7,11 +7,19 @@ the 95 % bootstrap interval over utterances that decoding computed.
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Tuple
 
+from transducer_kd.report.phases import ARMS
+
 Row = List[str]
 
 SYNTHETIC_WARNING = "Synthetic speech: not comparable with any paper's figure."
 ORACLE_NOTE = (
-    "An oracle picks the best path of the n-best list with the reference in hand: a bound, not a result."
+    "An oracle picks the best path of the whole n-best list with the reference in hand: a bound, not a "
+    "result."
+)
+TRAINING_NOTE = (
+    "Losses and WER of the last validation; losses per encoder frame (40 ms). Total losses are not shown: "
+    "each objective adds up other terms. A student that prunes by its teacher's bounds and one that prunes "
+    "by its own see other lattices, so their pruned_loss is not strictly comparable either."
 )
 
 
@@ -30,12 +38,12 @@ def decodings(report: Dict[str, Any]) -> List[Tuple[Tuple[str, str, str], Dict[s
 
 def results_rows(report: Dict[str, Any]) -> List[Row]:
     """One row per phase, mode and method; a column per test set."""
-    sets = test_sets(report)
+    sets, names = test_sets(report), labels(report)
     rows = [["phase", "mode", "method", "parameters", *(f"{s} WER %" for s in sets), "x real time"]]
-    for who, by_set in decodings(report):
+    for (phase, *how), by_set in decodings(report):
         cells = [wer_cell(by_set[s]) if s in by_set else "-" for s in sets]
         size = next(iter(by_set.values()))["params_deployed"]
-        rows.append([*who, millions(size), *cells, speed(by_set.values())])
+        rows.append([names[phase], *how, millions(size), *cells, speed(by_set.values())])
     return rows
 
 
@@ -43,8 +51,9 @@ def detail_rows(report: Dict[str, Any]) -> List[Row]:
     """One row per record, with the counts behind the rates and the settings of the method."""
     header = "phase,mode,test set,method,WER %,low,high,errors,ins,del,sub,words,audio min,decoded in s"
     rows = [[*header.split(","), "2nd pass s", "x real time", "settings"]]
+    names = labels(report)
     for r in report["records"]:
-        row = [r["phase"], r["mode"], r["test_set"], r["method"]]
+        row = [names[r["phase"]], r["mode"], r["test_set"], r["method"]]
         row += [f"{r[name]:.2f}" for name in ("wer", "wer_low", "wer_high")]
         row += [str(r.get(name, "-")) for name in ("errors", "insertions", "deletions", "substitutions")]
         row += [number(r["ref_words"], 0), number(minutes(r["audio_s"]), 1), number(r["decode_s"], 1)]
@@ -56,21 +65,18 @@ def detail_rows(report: Dict[str, Any]) -> List[Row]:
 
 def training_rows(report: Dict[str, Any]) -> List[Row]:
     """One row per phase: its size, how long and how fast it trained, where it ended."""
-    header = "phase,parameters,float32 MB,updates,epochs,minutes,audio-s/s,final loss,best dev loss,dev WER %"
-    rows = [header.split(",")]
+    header = "phase,parameters,float32 MB,updates,epochs,minutes,audio-s/s"
+    rows = [[*header.split(","), "dev pruned_loss", "dev las_loss", "dev WER %"]]
+    names = labels(report)
     for phase in report["phases"]:
         training = phase["training"] or {}
-        best = training.get("best_valid") or {}
+        last = training.get("last_valid") or {}
         size = phase["params_deployed"]
-        row = [phase["name"], millions(size), number(size and 4e-6 * size, 1)]
+        row = [names[phase["name"]], millions(size), number(size and 4e-6 * size, 1)]
         row += [number(training.get("updates"), 0), number(training.get("epochs"), 0)]
         row += [number(minutes(training.get("elapsed_s")), 1), number(training.get("audio_s_per_s"), 0)]
-        row += [
-            number(training.get("final_loss"), 3),
-            number(best.get("loss"), 3),
-            number(best.get("wer"), 1),
-        ]
-        rows.append(row)
+        row += [number(last.get(name), 3) for name in ("pruned_loss", "las_loss")]
+        rows.append([*row, number(None if is_frozen(phase) else last.get("wer"), 1)])
     return rows
 
 
@@ -79,6 +85,16 @@ def stage_rows(report: Dict[str, Any]) -> List[Row]:
     rows = [["stage", "what", "seconds"]]
     rows += [[str(s["stage"]), str(s["name"]), f"{s['seconds']:.1f}"] for s in report["stages"]]
     return rows
+
+
+def stage_total(report: Dict[str, Any]) -> str:
+    """`12.3 minutes together`, and where there are control arms their time apart from it."""
+    is_arm = [str(s["name"]).endswith(tuple(ARMS)) for s in report["stages"]]
+    times = {arm: sum(s["seconds"] for s, a in zip(report["stages"], is_arm) if a == arm) for arm in (0, 1)}
+    own, of_arms = (number(minutes(times[arm]), 1) for arm in (0, 1))
+    if not any(is_arm):
+        return f"{own} minutes together"
+    return f"without the control arms: {own} minutes; the control arms: {of_arms} minutes"
 
 
 def corpus_rows(report: Dict[str, Any]) -> List[Row]:
@@ -120,7 +136,16 @@ def notes(report: Dict[str, Any]) -> List[str]:
     """Sentences that a reader of the tables needs."""
     out = []
     if any("oracle" in r["method"] for r in report["records"]):
-        out.append(ORACLE_NOTE)
+        rescored = rescored_text(report)
+        out.append(ORACLE_NOTE + (f" The LAS rescored {rescored}." if rescored else ""))
+    sets = test_sets(report)
+    used = [((p["config"] or {}).get("data") or {}).get("valid_part") for p in report["phases"]]
+    used += [(r.get("parameters") or {}).get("tuned_on") for r in report["records"]]
+    for part in dict.fromkeys(part for part in used if part in sets):
+        out.append(
+            f"{part} is a test set here and was also what training was validated on or rescoring tuned on: "
+            "its rates are no independent test."
+        )
     commits = sorted({r["commit"] for r in report["records"]})
     if len(commits) > 1:
         out.append(
@@ -129,6 +154,34 @@ def notes(report: Dict[str, Any]) -> List[str]:
     elif any(c.endswith("-dirty") for c in commits):
         out.append("The code that decoded had changes that are not in its commit (-dirty).")
     return out
+
+
+def labels(report: Dict[str, Any]) -> Dict[str, str]:
+    """{phase: its name, with a mark where it is stale}"""
+    return {p["name"]: p["name"] + (" (stale)" if p["is_stale"] else "") for p in report["phases"]}
+
+
+def is_frozen(phase: Dict[str, Any]) -> bool:
+    """Whether the phase trained a LAS alone: its first pass then has the WER of what it began with."""
+    return (phase["config"] or {}).get("objective") == "las"
+
+
+def num_rescored(report: Dict[str, Any]) -> Optional[int]:
+    """How many hypotheses of each list were rescored; 0: all; None: not known, or not always as many."""
+    rescored = [r for r in report["records"] if r["method"].endswith("_las_rescore")]
+    found = {(r.get("parameters") or {}).get("rescore_nbest") for r in rescored}
+    return found.pop() if len(found) == 1 else None
+
+
+def rescored_text(report: Dict[str, Any]) -> str:
+    """What the second pass saw, in words; empty without one."""
+    if not any(r["method"].endswith("_las_rescore") for r in report["records"]):
+        return ""
+    best = num_rescored(report)
+    if best == 0:
+        return "all hypotheses of the first pass's n-best list"
+    number_of = best or "first few (rescore_nbest in the settings)"
+    return f"the best {number_of} hypotheses of the first pass's n-best list"
 
 
 # Cells

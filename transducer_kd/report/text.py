@@ -49,7 +49,7 @@ def terminal_report(report: Dict[str, Any]) -> str:
         parts += map(_wrapped, systems.side_by_side_notes(report))
         compared = systems.comparison_tables(report, is_short=True)
         parts += [f"\n{made['title']}:\n{terminal_table(made['rows'])}" for made in compared]
-        parts += [_wrapped(systems.COMPARISON_NOTE)] if compared else []
+        parts += map(_wrapped, systems.comparison_notes(report))
     elif report["records"]:
         parts.append("Word error rates with 95 % bootstrap intervals:")
         parts.append(terminal_table(tables.results_rows(report)))
@@ -67,14 +67,13 @@ def markdown_section(report: Dict[str, Any]) -> str:
         parts += _side_by_side(report)
         for made in systems.comparison_tables(report):
             parts += [f"{made['title']}:", markdown_table(made["rows"])]
-        parts += [systems.COMPARISON_NOTE] if report["comparisons"] else []
+        parts += systems.comparison_notes(report)
         parts.append("Every method, with the 95 % interval of each rate:")
     if report["records"]:
         parts += [markdown_table(tables.results_rows(report)), *tables.notes(report)]
-    parts += ["Training:", markdown_table(tables.training_rows(report))]
+    parts += ["Training:", markdown_table(tables.training_rows(report)), tables.TRAINING_NOTE]
     if report["stages"]:
-        total_s = sum(s["seconds"] for s in report["stages"])
-        parts.append(f"Stages ({total_s / 60:.1f} minutes together):")
+        parts.append(f"Stages ({tables.stage_total(report)}):")
         parts.append(markdown_table(tables.stage_rows(report)))
     summary = report["corpus_summary"]
     if summary:
