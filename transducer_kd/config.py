@@ -31,11 +31,17 @@ class EncoderConfig:
     num_layers: int = 6
     encoder_dim: int = 144
     num_heads: int = 4
+    head_dim: int = 0  # channels of a head, even; 0: encoder_dim / num_heads. Pruned heads leave it as it was
     feedforward_dim: int = 576
     cnn_module_kernel: int = 15  # odd; streaming mode masks the future half of the taps
     dropout: float = 0.1
     chunk_size: int = 0  # encoder frames; 0: full context
     left_context: int = 64  # encoder frames seen before a chunk; only used in streaming mode
+
+    @property
+    def channels_per_head(self) -> int:
+        """head_dim, or what it stands for where it is 0."""
+        return self.head_dim or self.encoder_dim // self.num_heads
 
 
 @dataclass

@@ -29,8 +29,8 @@ _RANGES = {
     "train.keep_epochs train.average_period init.avg teacher.avg distill.temperature "
     "distill.utterances_at_once two_pass.las_kd_temperature",
     "[2, inf)": "two_pass.mwer_nbest",  # a list of one has no error to weigh
-    "[0, inf)": "model.encoder.chunk_size model.encoder.left_context model.las.num_encoder_layers "
-    "loss.simple_loss_scale loss.warm_step "
+    "[0, inf)": "model.encoder.head_dim model.encoder.chunk_size model.encoder.left_context "
+    "model.las.num_encoder_layers loss.simple_loss_scale loss.warm_step "
     "loss.ctc_weight spec_augment.num_time_masks spec_augment.max_time_mask_frames "
     "spec_augment.num_feature_masks spec_augment.max_feature_mask_bins data.min_cut_s data.num_workers "
     "distill.weight distill.frame_shift two_pass.mwer_weight "
@@ -143,7 +143,12 @@ def _check_range(key: str, value: Any, interval: str, origin: str) -> None:
 
 
 def _check_encoder(encoder: Any, origin: str) -> None:
-    if encoder.encoder_dim % encoder.num_heads or (encoder.encoder_dim // encoder.num_heads) % 2:
+    if encoder.head_dim % 2:
+        raise UserError(
+            f"{origin}: model.encoder.head_dim={encoder.head_dim} must be even (rotary position embedding "
+            "pairs the channels of a head)"
+        )
+    if not encoder.head_dim and encoder.encoder_dim % (2 * encoder.num_heads):
         raise UserError(
             f"{origin}: model.encoder.encoder_dim={encoder.encoder_dim} must be an even multiple of "
             f"num_heads={encoder.num_heads} (rotary position embedding pairs the channels of a head)"

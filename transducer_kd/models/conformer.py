@@ -110,7 +110,7 @@ class ConformerLayer(nn.Module):
         self.ff1_norm = nn.LayerNorm(dim)
         self.ff1 = FeedForward(dim, cfg.feedforward_dim)
         self.attention_norm = nn.LayerNorm(dim)
-        self.attention = SelfAttention(dim, cfg.num_heads, dim // cfg.num_heads)
+        self.attention = SelfAttention(dim, cfg.num_heads, cfg.channels_per_head)
         self.conv_norm = nn.LayerNorm(dim)
         self.conv = ConvModule(dim, cfg.cnn_module_kernel)
         self.ff2_norm = nn.LayerNorm(dim)
@@ -166,7 +166,7 @@ class Conformer(nn.Module):
         self.cfg = cfg
         self.encoder_dim = cfg.encoder_dim
         self.subsampling = ConvSubsampling(cfg.feature_dim, cfg.subsampling_channels, cfg.encoder_dim)
-        self.rotary = RotaryTable(cfg.encoder_dim // cfg.num_heads)
+        self.rotary = RotaryTable(cfg.channels_per_head)
         self.layers = nn.ModuleList(ConformerLayer(cfg) for _ in range(cfg.num_layers))
         self.norm = nn.LayerNorm(cfg.encoder_dim)
 

@@ -62,7 +62,7 @@ class Las(nn.Module):
         las, encoder_dim = cfg.las, cfg.encoder.encoder_dim
         self.config = las
         self.vocab_size = vocab_size
-        self.rotary = RotaryTable(encoder_dim // cfg.encoder.num_heads)
+        self.rotary = RotaryTable(cfg.encoder.channels_per_head)
         layer = dataclasses.replace(cfg.encoder, num_layers=las.num_encoder_layers, dropout=las.dropout)
         self.layers = nn.ModuleList(ConformerLayer(layer) for _ in range(las.num_encoder_layers))
         self.norm = nn.LayerNorm(encoder_dim) if las.num_encoder_layers else nn.Identity()
