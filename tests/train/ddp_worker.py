@@ -1,6 +1,7 @@
-"""One of the processes of test_ddp.py: a few updates of a tiny transducer on this rank's share of each batch.
+"""One of the processes of test_ddp.py: a few updates of a tiny model on this rank's share of each batch.
 
-Run with torchrun's environment variables and a folder; writes gradients-<rank>.pt there.
+Run with torchrun's environment variables, a folder and the name of an objective; writes gradients-<rank>.pt
+there.
 """
 
 import sys
@@ -10,9 +11,11 @@ import torch
 
 from transducer_kd.config import SpecAugmentConfig, load_config
 from transducer_kd.data.batch import Batch
+from transducer_kd.models.frozen import Frozen
 from transducer_kd.models.spec_augment import SpecAugment
 from transducer_kd.models.transducer import Transducer
 from transducer_kd.objectives.transducer import TransducerObjective
+from transducer_kd.objectives.two_pass import LasObjective, TwoPassObjective
 from transducer_kd.train import checkpoint, ddp
 from transducer_kd.train.trainer import Trainer, Validation
 
@@ -26,6 +29,32 @@ SETTINGS = (
     "model.encoder.subsampling_channels=2 model.decoder.decoder_dim=6 model.joiner_dim=7 loss.backend=torch "
     "loss.ctc_weight=0.5 train.accumulate=2 train.max_steps=2 train.valid_every=100 optim.clip_norm=1e9"
 ).split()
+
+LAS = (
+    "model.las.enabled=true model.las.decoder_dim=8 model.las.attention_dim=8 model.las.num_heads=2 "
+    "model.las.dropout=0 two_pass.las_kd_weight=0.4 teacher.kind=exp_dir"
+).split()
+OBJECTIVES = {
+    "transducer": [],
+    "las": ["objective=las", *LAS],
+    "two_pass": ["objective=two_pass", "distill.weight=2", "distill.ranges_from=teacher", *LAS],
+}
+
+
+def build_objective(name, config):
+    """Different weights on each rank, which rank 0's must replace; the same teacher on all."""
+    torch.manual_seed(99)
+    teacher = Frozen(Transducer(config.model, VOCAB))
+    torch.manual_seed(ddp.rank())
+    model = Transducer(config.model, VOCAB, with_ctc=True)
+    augment = SpecAugment(SpecAugmentConfig(enabled=False))
+    if name == "las":
+        return LasObjective(model, augment, config.two_pass, teacher)
+    if name == "two_pass":
+        return TwoPassObjective(
+            model, config.loss, augment, config.distill, config.two_pass, teacher, to_words=str
+        )
+    return TransducerObjective(model, config.loss, augment)
 
 
 def make_batch(number, first, last):
@@ -64,17 +93,15 @@ class RecordingTrainer(Trainer):
 
     def _apply_gradients(self, num_frames):
         norm = super()._apply_gradients(num_frames)
-        named = {n: p.grad.clone() for n, p in self.objective.model.named_parameters()}
+        named = {n: p.grad.clone() for n, p in self.objective.model.named_parameters() if p.grad is not None}
         self.gradients = [*getattr(self, "gradients", []), named]
         return norm
 
 
-def train(exp_dir):
-    """Run the updates; returns what was recorded."""
-    config = load_config(None, SETTINGS)
-    torch.manual_seed(ddp.rank())  # different weights, which rank 0's must replace
-    model = Transducer(config.model, VOCAB, with_ctc=True)
-    objective = TransducerObjective(model, config.loss, SpecAugment(SpecAugmentConfig(enabled=False)))
+def train(exp_dir, name):
+    """Run the updates of an objective; returns what was recorded."""
+    config = load_config(None, [*SETTINGS, *OBJECTIVES[name]])
+    objective = build_objective(name, config)
     trainer = RecordingTrainer(
         objective, config, exp_dir, torch.device("cpu"), my_batches, lambda o, step: Validation({"loss": 1.0})
     )
@@ -100,7 +127,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     processes = ddp.setup("cpu")
     folder = Path(sys.argv[1])
-    result = train(folder / "exp")
+    result = train(folder / "exp", sys.argv[2])
     ddp.barrier()
     ddp.cleanup()
     torch.save(result, folder / f"gradients-{processes.rank}.pt")

@@ -24,7 +24,7 @@ def free_port():
         return s.getsockname()[1]
 
 
-def run_two_processes(folder):
+def run_two_processes(folder, objective):
     """Two gloo processes of ddp_worker.py, started as torchrun starts them."""
     port, root = str(free_port()), Path(__file__).resolve().parents[2]
     workers = []
@@ -32,7 +32,7 @@ def run_two_processes(folder):
         place = {**TORCHRUN, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port}
         workers.append(
             subprocess.Popen(
-                [sys.executable, ddp_worker.__file__, str(folder)],
+                [sys.executable, ddp_worker.__file__, str(folder), objective],
                 env={**os.environ, **place, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -48,11 +48,14 @@ def run_two_processes(folder):
     return [torch.load(folder / f"gradients-{rank}.pt") for rank in range(2)]
 
 
-def test_two_processes_give_the_gradients_of_one(tmp_path):
+@pytest.mark.parametrize("objective", ddp_worker.OBJECTIVES)
+def test_two_processes_give_the_gradients_of_one(tmp_path, objective):
     """Uneven shares of accumulated batches, one of them poisoned on one rank alone."""
-    alone = ddp_worker.train(tmp_path / "alone")
-    ranks = run_two_processes(tmp_path)
+    alone = ddp_worker.train(tmp_path / "alone", objective)
+    ranks = run_two_processes(tmp_path, objective)
     assert len(alone["gradients"]) == 2
+    is_las = [name.startswith("las.") for name in alone["gradients"][0]]
+    assert any(is_las) == (objective != "transducer") and all(is_las) == (objective == "las")
     for rank in ranks:
         assert len(rank["gradients"]) == 2
         assert rank["dropped"] == alone["dropped"] == 1
