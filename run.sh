@@ -8,9 +8,9 @@ usage() {
   cat <<HELP
 usage: ./run.sh [--recipe NAME] [options]
 
-  ./run.sh                                                    everything, on speech it makes itself (40 min, 2 cores)
+  ./run.sh                                                    everything, on speech it makes itself (30 min, 2 cores)
   ./run.sh --scale smoke                                      the same with tiny models, to see that all is there
-  ./run.sh --controls 1                                       also the students without a teacher (70 min)
+  ./run.sh --controls 1                                       also the students without a teacher (40 min)
   ./run.sh --stage 2 --stop-stage 2 --set optim.lr=1e-3       one stage, with another setting
   ./run.sh --corpus mini_librispeech                          5 h of real speech, downloaded
   ./run.sh --corpus librispeech --full-libri 1 --scale full --nproc 8
