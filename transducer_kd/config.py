@@ -88,6 +88,8 @@ class LossConfig:
     simple_loss_scale: float = 0.5  # reached after warm_step; starts at 1.0
     warm_step: int = 500
     ctc_weight: float = 0.0
+    # Of all these losses on utterances of data.pseudo_labels; 0: only distillation learns there.
+    pseudo_weight: float = 1.0
 
 
 @dataclass
@@ -124,6 +126,9 @@ class DistillConfig:
 
     # beta of L = L_rnnt + beta L_kd, both a mean per encoder frame; in objective two_pass times lambda.
     weight: float = 0.0
+    on: str = "all"  # all | pseudo: utterances that it is used on; pseudo: those of data.pseudo_labels
+    # The teacher's encoder output as local/pseudo_label.py --soft stored it, instead of running its encoder.
+    stored: bool = False
     lattice: str = "pruned"  # pruned | full
     ranges_from: str = "student"  # student | teacher: whose simple loss prunes; the other one's is not used
     form: str = "full"  # full | collapsed
@@ -161,6 +166,8 @@ class DataConfig:
     lang_dir: str = ""  # holds bpe.model
     train_parts: List[str] = field(default_factory=lambda: ["train"])
     valid_part: str = "dev"
+    pseudo_labels: str = ""  # folder of local/pseudo_label.py, whose utterances join the train_parts
+    pseudo_share: float = 0.0  # of the audio that is trained on; 0: every utterance once an epoch
     max_duration_s: float = 200.0  # audio seconds in a batch of one rank
     max_cut_s: float = 25.0
     min_cut_s: float = 0.3
@@ -212,6 +219,8 @@ class PhaseConfig:
     scale: str = "mini"
     phase: str = "teacher"
     objective: str = "transducer"  # transducer | distill | las | two_pass
+    # Phases of the same experiment that the report sets this one against, with a paired bootstrap.
+    compare_with: List[str] = field(default_factory=list)
     init: InitConfig = field(default_factory=InitConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -8,6 +8,7 @@ from transducer_kd.log import UserError
 _CHOICES = {
     "objective": ("transducer", "distill", "las", "two_pass"),
     "teacher.kind": ("none", "exp_dir", "torchscript"),
+    "distill.on": ("all", "pseudo"),
     "distill.lattice": ("pruned", "full"),
     "distill.ranges_from": ("student", "teacher"),
     "distill.form": ("full", "collapsed"),
@@ -31,12 +32,12 @@ _RANGES = {
     "[2, inf)": "two_pass.mwer_nbest",  # a list of one has no error to weigh
     "[0, inf)": "model.encoder.head_dim model.encoder.chunk_size model.encoder.left_context "
     "model.las.num_encoder_layers loss.simple_loss_scale loss.warm_step "
-    "loss.ctc_weight spec_augment.num_time_masks spec_augment.max_time_mask_frames "
+    "loss.ctc_weight loss.pseudo_weight spec_augment.num_time_masks spec_augment.max_time_mask_frames "
     "spec_augment.num_feature_masks spec_augment.max_feature_mask_bins data.min_cut_s data.num_workers "
     "distill.weight distill.frame_shift two_pass.mwer_weight "
     "optim.weight_decay optim.warmup_steps train.num_threads train.valid_wer_utterances train.max_nonfinite",
     "[0, 1)": "model.encoder.dropout model.decoder.dropout model.las.dropout model.las.label_smoothing "
-    "optim.betas",
+    "data.pseudo_share optim.betas",
     "[-1, inf)": "init.epoch teacher.epoch",
     "[0, 1]": "loss.lm_scale loss.am_scale spec_augment.max_time_mask_fraction data.musan_prob "
     "optim.final_lr_ratio two_pass.rnnt_weight two_pass.las_kd_weight",
@@ -88,6 +89,7 @@ def check_values(config: Any, origin: str) -> None:
                 f"{key}.use_averaged_model=false"
             )
     _check_objective(config, origin)
+    _check_pseudo_labels(config, origin)
     _check_encoder(config.model.encoder, origin)
     las = config.model.las
     if las.attention_dim % las.num_heads:
@@ -128,6 +130,29 @@ def _check_objective(config: Any, origin: str) -> None:
         raise UserError(f"{origin}: objective={name} with these weights {want} teacher.kind")
     if las_kd and config.teacher.kind == "torchscript":
         raise UserError(f"{origin}: a torchscript teacher has no LAS: set two_pass.las_kd_weight to 0")
+
+
+def _check_pseudo_labels(config: Any, origin: str) -> None:
+    """On pseudo-labelled utterances something has to learn, and to have what it learns from."""
+    distill = config.distill
+    if distill.stored and distill.on != "pseudo":
+        raise UserError(
+            f"{origin}: distill.stored=true needs distill.on=pseudo: only pseudo-labelled utterances have a "
+            "stored teacher"
+        )
+    if distill.stored and config.teacher.kind != "exp_dir":
+        raise UserError(f"{origin}: distill.stored=true needs teacher.kind=exp_dir, whose joiner is run")
+    if distill.on == "pseudo" and config.objective != "distill":
+        raise UserError(f"{origin}: distill.on=pseudo is for objective distill, not {config.objective}")
+    if config.loss.pseudo_weight != 1 and config.objective not in ("transducer", "distill"):
+        raise UserError(
+            f"{origin}: loss.pseudo_weight is for objectives transducer and distill, not {config.objective}"
+        )
+    if config.loss.pseudo_weight == 0 and config.objective != "distill":
+        raise UserError(
+            f"{origin}: loss.pseudo_weight=0 leaves pseudo-labelled utterances to distillation: set "
+            "objective=distill, or leave data.pseudo_labels out"
+        )
 
 
 def _check_range(key: str, value: Any, interval: str, origin: str) -> None:
