@@ -161,18 +161,21 @@ DISTILL = ["objective=distill", "distill.weight=1"]
         (["distill.frame_shift=-1"], "must be 0 or more"),
         (["distill.utterances_at_once=0"], "must be greater than 0"),
         (["teacher.epoch=-2"], r"must be in \[-1, inf\)"),
-        (["distill.on=some"], r"distill\.on='some' is not one of all, pseudo"),
+        (["distill.utterances=some"], r"distill\.utterances='some' is not one of all, pseudo"),
         (["data.pseudo_share=1"], r"data\.pseudo_share=1\.0 must be in \[0, 1\)"),
         (["loss.pseudo_weight=0"], r"leaves pseudo-labelled utterances to distillation"),
         (["objective=las", *LAS, "loss.pseudo_weight=0.5"], r"pseudo_weight is for objectives .* not las"),
-        ([*DISTILL, *TEACHER, "distill.stored=true"], r"distill\.stored=true needs distill\.on=pseudo"),
         (
-            [*DISTILL, "teacher.kind=torchscript", "distill.on=pseudo", "distill.stored=true"],
+            [*DISTILL, *TEACHER, "distill.stored=true"],
+            r"distill\.stored=true needs distill\.utterances=pseudo",
+        ),
+        (
+            [*DISTILL, "teacher.kind=torchscript", "distill.utterances=pseudo", "distill.stored=true"],
             r"distill\.stored=true needs teacher\.kind=exp_dir",
         ),
         (
-            ["objective=las", *LAS, "distill.on=pseudo"],
-            r"distill\.on=pseudo is for objective distill, not las",
+            ["objective=las", *LAS, "distill.utterances=pseudo"],
+            r"distill\.utterances=pseudo is for objective distill, not las",
         ),
     ],
 )
@@ -186,7 +189,7 @@ def test_objectives_use_what_is_asked_for(overrides, message):
     [
         ["objective=distill", "distill.weight=1", *TEACHER],
         ["objective=distill", "distill.weight=1", "teacher.kind=torchscript"],
-        [*DISTILL, *TEACHER, "distill.on=pseudo", "distill.stored=true", "loss.pseudo_weight=0"],
+        [*DISTILL, *TEACHER, "distill.utterances=pseudo", "distill.stored=true", "loss.pseudo_weight=0"],
         ["objective=transducer", "data.pseudo_share=0.5", "loss.pseudo_weight=0.5"],
         ["objective=las", *LAS],
         ["objective=las", *LAS, "two_pass.las_kd_weight=1", *TEACHER],

@@ -8,7 +8,7 @@ from transducer_kd.log import UserError
 _CHOICES = {
     "objective": ("transducer", "distill", "las", "two_pass"),
     "teacher.kind": ("none", "exp_dir", "torchscript"),
-    "distill.on": ("all", "pseudo"),
+    "distill.utterances": ("all", "pseudo"),
     "distill.lattice": ("pruned", "full"),
     "distill.ranges_from": ("student", "teacher"),
     "distill.form": ("full", "collapsed"),
@@ -135,15 +135,17 @@ def _check_objective(config: Any, origin: str) -> None:
 def _check_pseudo_labels(config: Any, origin: str) -> None:
     """On pseudo-labelled utterances something has to learn, and to have what it learns from."""
     distill = config.distill
-    if distill.stored and distill.on != "pseudo":
+    if distill.stored and distill.utterances != "pseudo":
         raise UserError(
-            f"{origin}: distill.stored=true needs distill.on=pseudo: only pseudo-labelled utterances have a "
-            "stored teacher"
+            f"{origin}: distill.stored=true needs distill.utterances=pseudo: only pseudo-labelled utterances "
+            "have a stored teacher"
         )
     if distill.stored and config.teacher.kind != "exp_dir":
         raise UserError(f"{origin}: distill.stored=true needs teacher.kind=exp_dir, whose joiner is run")
-    if distill.on == "pseudo" and config.objective != "distill":
-        raise UserError(f"{origin}: distill.on=pseudo is for objective distill, not {config.objective}")
+    if distill.utterances == "pseudo" and config.objective != "distill":
+        raise UserError(
+            f"{origin}: distill.utterances=pseudo is for objective distill, not {config.objective}"
+        )
     if config.loss.pseudo_weight != 1 and config.objective not in ("transducer", "distill"):
         raise UserError(
             f"{origin}: loss.pseudo_weight is for objectives transducer and distill, not {config.objective}"
