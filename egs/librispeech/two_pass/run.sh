@@ -32,73 +32,15 @@ if [ -n "$teacher_torchscript" ]; then
 fi
 if [ "$controls" = 1 ]; then phases+=" student_control student_las_control finetune_control finetune_nokd"; fi
 # Whose weights a phase begins with, and who teaches it.
-declare -A begins_with=([teacher_las]=teacher [student_las]=student [finetune]=student_las
+begins_with=([teacher_las]=teacher [student_las]=student [finetune]=student_las
   [student_las_control]=student_control [finetune_control]=student_las_control [finetune_nokd]=student_las)
-declare -A learns_from=([student]=teacher [student_las]=teacher_las [finetune]=teacher_las)
+learns_from=([student]=teacher [student_las]=teacher_las [finetune]=teacher_las)
 
-activate_environment
-prepare_paths
-check_configs $phases
-
-# The phases that phase $1 begins with and learns from; a teacher that the user names with --set is none of them.
-parents() {
-  local teacher=${learns_from[$1]:-} kind dir
-  kind=$(config_value "$1" teacher.kind) dir=$(config_value "$1" teacher.exp_dir)
-  if [ "$kind" != exp_dir ] || [ -n "$dir" ]; then teacher=""; fi
-  echo "${begins_with[$1]:-} $teacher"
-}
-
-# $1: phase; $2...: its parents
-train() {
-  local phase=$1 from=${begins_with[$1]:-} parent args=()
-  for parent in "${@:2}"; do
-    require_trained "$parent"
-    if [ "$parent" = "$from" ]; then
-      args+=(--set "init.exp_dir=$exp_root/$parent")
-    else
-      args+=(--set "teacher.exp_dir=$exp_root/$parent")
-    fi
-  done
-  train_phase "$phase" ${args[@]+"${args[@]}"}
-}
-
-# run_stage for the phases $2... of stage $1, those of them that were asked for.
-train_stage() {
-  local number=$1 phase others
-  if [ "$number" -lt "$stage" ] || [ "$number" -gt "$stop_stage" ]; then return 0; fi
-  for phase in "${@:2}"; do
-    [[ " $phases " == *" $phase "* ]] || continue
-    others=$(parents "$phase")
-    run_stage "$number" "$phase" "$exp_root/$phase/.done" "$(phase_fingerprint "$phase" $others)" \
-      train "$phase" $others
-  done
-}
-
-# Decodes what is trained, also when later stages have not run.
-decode_stage() {
-  local phase these done=0
-  for phase in $phases; do
-    if ! is_current "$phase" $(parents "$phase"); then
-      [ ! -e "$exp_root/$phase/.done" ] ||
-        log "Stage 6: $phase began with or learnt from weights that were trained anew since: run its stage; not decoded"
-      continue
-    fi
-    these=$methods
-    if [ "$(config_value "$phase" model.las.enabled)" = True ]; then these+=,${first_pass}_las_rescore; fi
-    these=$(possible_methods "$these" "$phase")
-    run_stage 6 "decode $phase" "$exp_root/$phase/.done-decode" "$(decode_fingerprint "$phase" "$these")" \
-      decode_phase "$phase" "$these"
-    done=1
-  done
-  [ "$done" = 1 ] || fail "$exp_root holds no trained phase; run stage 2 first"
-}
-
-run_stage 0 "corpus and manifests" "$manifests_dir/.done" "$(data_fingerprint)" stage_data
-run_stage 1 "features and BPE" "$fbank_dir/.done-$vocab_size" "$(feature_fingerprint teacher)" stage_features teacher
+start_recipe
+data_stages
 if [ "$stop_stage" -ge 2 ]; then tune_part >/dev/null; fi
 train_stage 2 teacher teacher_las
 train_stage 3 student student_control
 train_stage 4 student_las student_las_control
 train_stage 5 finetune finetune_control finetune_nokd
-if [ "$stop_stage" -ge 6 ]; then decode_stage; fi
-run_stage 6 "report" "" "" stage_report
+last_stages

@@ -1,0 +1,348 @@
+# What the recipes share, second part: the stage runner and the stages. Sourced by common.sh, which says what a recipe
+# has to set.
+
+# --- The stage runner ----------------------------------------------------------------------------------------------
+
+current_stage="" current_name="" stage_log="" child=""
+
+# run_stage NUMBER NAME MARK FINGERPRINT FUNCTION [ARGUMENT...]
+# Calls FUNCTION unless MARK says that it ended well with this FINGERPRINT, which holds every option that matters. With
+# another fingerprint the stage runs again, and FUNCTION finds redo=1, as with --force: earlier output is no use then.
+# Without a MARK the stage always runs.
+run_stage() {
+  local mark=$3 start
+  if [ "$1" -lt "$stage" ] || [ "$1" -gt "$stop_stage" ]; then return 0; fi
+  redo=$force
+  if [ -n "$mark" ] && [ -e "$mark" ]; then
+    if [ "$(sed '$d' "$mark")" != "$4" ]; then
+      log "Stage $1: $2: its options changed, so it runs again"
+      redo=1
+    elif [ "$force" = 0 ]; then
+      log "Stage $1: $2: done already (--force runs it again)"
+      return 0
+    fi
+  fi
+  rm -f ${mark:+"$mark"}
+  current_stage=$1 current_name=$2 stage_log=""
+  start=$(date +%s.%N)
+  # On a terminal the output stays there, because tqdm's bars need one; elsewhere it goes to a log file as well.
+  if [ ! -t 2 ]; then
+    stage_log=$exp_root/log/stage-$1-${2// /-}.log
+    exec 3>&1 4>&2 > >(trap '' INT TERM HUP; exec tee "$stage_log") 2>&1
+    tee_pid=$!
+  fi
+  log "Stage $1: $2"
+  "${@:5}"
+  log "Stage $1: done in $(elapsed_since "$start") s"
+  end_stage_log
+  if [ -n "$mark" ]; then
+    printf '%s\nended %s\n' "$4" "$(date +%s.%N)" >"$mark.tmp"
+    mv "$mark.tmp" "$mark"
+  fi
+  printf '{"stage": %d, "name": "%s", "seconds": %s}\n' "$1" "$2" "$(elapsed_since "$start")" >>"$exp_root/stages.jsonl"
+  current_stage=""
+}
+
+elapsed_since() { awk -v a="$1" -v b="$(date +%s.%N)" 'BEGIN { printf "%.1f", b - a }'; }
+
+# Gives the output back to where it went before the stage, and waits until tee has written all of it.
+end_stage_log() {
+  [ -n "$stage_log" ] || return 0
+  exec >&3 2>&4 3>&- 4>&-
+  wait "$tee_pid" || true
+}
+
+# Runs a program of the stage, shown first. In the background with wait, because bash handles a signal only after a
+# foreground program has ended: a SIGTERM or Ctrl-C should reach the program, which then saves what it has.
+run() {
+  local status=0 shown="+" word
+  for word in "$@"; do
+    [[ $word =~ ^[A-Za-z0-9_./=:,+-]+$ ]] || word="'$word'"
+    shown+=" $word"
+  done
+  echo "$shown" >&2
+  "$@" </dev/null &
+  child=$!
+  wait "$child" || status=$?
+  child=""
+  return "$status"
+}
+
+# The second Ctrl-C does not wait. Worker processes that outlive the program they belong to are ended too.
+on_signal() {
+  local workers
+  trap '' TERM HUP
+  trap 'kill -KILL "$child" 2>/dev/null; exit 137' INT
+  if [ -n "$child" ]; then
+    workers=$(pgrep -P "$child" 2>/dev/null || true)
+    kill -TERM "$child" 2>/dev/null || true
+    wait "$child" || true
+    [ -z "$workers" ] || kill -TERM $workers 2>/dev/null || true
+  fi
+  exit 143
+}
+
+on_exit() {
+  local status=$?
+  trap - EXIT
+  [ "$status" -ne 0 ] && [ -n "$current_stage" ] || exit "$status"
+  end_stage_log
+  local what="failed"
+  case $status in 130 | 143) what="was stopped" ;; esac
+  local next="The same command goes on from here; --force starts the stage anew."
+  [ "$force" = 0 ] || next="The same command without --force goes on from here; with it the stage starts anew."
+  echo "$(date '+%Y-%m-%d %H:%M:%S') ERROR stage $current_stage ($current_name) $what (status $status)." \
+    "${stage_log:+Its output is in $stage_log. }$next" >&2
+  exit "$status"
+}
+
+trap on_exit EXIT
+trap on_signal INT TERM HUP
+
+# --- What a stage depends on ---------------------------------------------------------------------------------------
+
+# Everything that decides what a stage makes; each contains those before it.
+data_fingerprint() {
+  local name
+  for name in corpus_name corpus is_named_corpus full_libri corpus_dir csv kaldi_dir manifest_dir train_parts dev_parts \
+    test_parts unlabelled_parts bad_audio resample; do
+    echo "$name=${!name}"
+  done
+  # Options that came later count only where they differ from their default: older marks stay good.
+  [ -z "$channel" ] || echo "channel=$channel"
+  [ "$text_norm" = upper ] || echo "text_norm=$text_norm"
+  [ "$corpus" != synthetic ] || echo "synthetic=$([ "$scale" = smoke ] && echo smoke || echo mini)"
+}
+feature_fingerprint() {
+  data_fingerprint
+  echo "vocab_size=$vocab_size on_the_fly_feats=$on_the_fly_feats speed_perturb=$(config_value "$1" data.speed_perturb)"
+  [ -z "$bpe_model" ] || echo "bpe_model=$bpe_model $(cksum <"$bpe_model")"
+}
+# $1: phase. Trained anew, what it depends on makes it begin anew: dependencies belong to a training's fingerprint, too.
+phase_fingerprint() {
+  feature_fingerprint "$1"
+  # Of this phase's settings only, without comments: a new phase beside it is no reason to train this one again.
+  local base sets file
+  select_sets "$1"
+  base=$(sed -n 's/^base: *//p' "$conf_dir/$1.yaml")
+  echo "phase=$1 set=${sets[*]-}" \
+    "config=$(cat "$conf_dir/$1.yaml" ${base:+"$conf_dir/$base"} | sed 's/ *#.*//; /^$/d' | cksum)"
+  file=$(config_value "$1" teacher.torchscript)
+  [ -z "$file" ] || echo "$file $(cksum <"$file")"
+}
+# The phases that phase $1 begins with and learns from; a teacher that the user names with --set is none of them.
+parents() {
+  local teacher=${learns_from[$1]:-}
+  if [ "$(config_value "$1" teacher.kind)" != exp_dir ] || [ -n "$(config_value "$1" teacher.exp_dir)" ]; then
+    teacher=""
+  fi
+  echo "${begins_with[$1]:-} $teacher"
+}
+# A line for each of phase $1's parents and for whatever else the recipe says that it was made from.
+dependencies() {
+  local other
+  for other in $(parents "$1"); do
+    echo "$other $(training_ended "$other")"
+  done
+  if declare -F phase_inputs >/dev/null; then phase_inputs "$1"; fi
+}
+# When a phase's training ended; nothing where it has not.
+training_ended() {
+  if [ -e "$exp_root/$1/.done" ]; then sed -n '$p' "$exp_root/$1/.done"; fi
+}
+# $1: phase, $2: methods. A phase that was trained anew is decoded anew, also with the same options.
+decode_fingerprint() {
+  echo "methods=$2"
+  phase_fingerprint "$1"
+  training_ended "$1"
+}
+# Whether phase $1 is trained, and what it was made from is still what is there now.
+is_current() {
+  local lines line
+  [ -e "$exp_root/$1/.done" ] || return 1
+  lines=$(dependencies "$1")
+  while read -r line; do
+    [ -z "$line" ] || grep -qxF "$line" "$exp_root/$1/.done" || return 1
+  done <<<"$lines"
+}
+
+# --- Stages 0 and 1, the same in every recipe ----------------------------------------------------------------------
+
+data_stages() {
+  local first=${phases%% *}
+  run_stage 0 "corpus and manifests" "$manifests_dir/.done" "$(data_fingerprint)" stage_data
+  run_stage 1 "features and BPE" "$fbank_dir/.done-$vocab_size" "$(feature_fingerprint "$first")" \
+    stage_features "$first"
+}
+
+# What prepare_manifests.py is told about the parts and the checks; lists are split on purpose.
+stage_data() {
+  local args=(--output-dir "$manifests_dir" --bad-audio "$bad_audio" --text-norm "$text_norm") name
+  for name in train_parts dev_parts test_parts unlabelled_parts csv kaldi_dir; do
+    [ -z "${!name}" ] || args+=("--${name//_/-}" ${!name})
+  done
+  [ -z "$corpus_dir" ] || args+=(--corpus-dir "$corpus_dir")
+  [ -z "$manifest_dir" ] || args+=(--manifest-dir "$manifest_dir")
+  [ "$resample" = 0 ] || args+=(--resample)
+  [ -z "$channel" ] || args+=(--channel "$channel")
+  if [ "$is_named_corpus" = 1 ]; then
+    args+=(--corpus "$corpus" --full-libri "$full_libri")
+    if [ "$corpus" = synthetic ] && [ -z "$corpus_dir" ]; then
+      local spoken=mini
+      [ "$scale" != smoke ] || spoken=smoke
+      run python local/make_synthetic_corpus.py --output-dir "$data_dir/download/LibriSpeech" --scale "$spoken"
+      args+=(--corpus-dir "$data_dir/download/LibriSpeech")
+    elif [ -z "$corpus_dir" ]; then
+      args+=(--download-dir "$data_dir/download")
+    fi
+  fi
+  run python local/prepare_manifests.py "${args[@]}"
+}
+
+# $1: the phase whose configuration says whether to perturb the speed
+stage_features() {
+  local args=(--manifests-dir "$manifests_dir" --fbank-dir "$fbank_dir" --bad-audio "$bad_audio") train
+  train=$(parts_of train)
+  [ -n "$train" ] || fail "the corpus has no training part; name one with --train-parts and run stage 0 again"
+  if [ "$on_the_fly_feats" = 1 ]; then
+    args+=(--on-the-fly-feats)
+  elif [ "$(config_value "$1" data.speed_perturb)" = True ]; then
+    args+=(--speed-perturb-parts $train)
+  fi
+  run python local/compute_fbank.py "${args[@]}"
+  run python local/prepare_lang.py --manifests-dir "$manifests_dir" --parts $train --lang-dir "$lang_dir" \
+    --vocab-size "$vocab_size" --text-norm "$text_norm" ${bpe_model:+--bpe-model "$bpe_model"}
+}
+
+# --- Stages 2 to 5: training ---------------------------------------------------------------------------------------
+
+# run_stage for the phases $2... of stage $1, those of them that were asked for.
+train_stage() {
+  local number=$1 phase
+  if [ "$number" -lt "$stage" ] || [ "$number" -gt "$stop_stage" ]; then return 0; fi
+  for phase in "${@:2}"; do
+    [[ " $phases " == *" $phase "* ]] || continue
+    run_stage "$number" "$phase" "$exp_root/$phase/.done" "$(phase_fingerprint "$phase"; dependencies "$phase")" \
+      train "$phase"
+  done
+}
+
+# Trains phase $1 from what it begins with and learns from.
+train() {
+  local phase=$1 parent arguments=()
+  for parent in $(parents "$phase"); do
+    require_trained "$parent"
+    if [ "$parent" = "${begins_with[$phase]:-}" ]; then
+      arguments+=(--set "init.exp_dir=$exp_root/$parent")
+    else
+      arguments+=(--set "teacher.exp_dir=$exp_root/$parent")
+    fi
+  done
+  if declare -F phase_arguments >/dev/null; then phase_arguments "$phase"; fi
+  if [ "${#arguments[@]}" = 0 ] && [ "$force" = 0 ]; then add_reusable "$phase"; fi
+  train_phase "$phase" ${arguments[@]+"${arguments[@]}"}
+}
+
+# A teacher that another recipe has trained alike need not be trained again: train.py is told of every phase of the same
+# name, corpus and scale whose data were made with the same options, and compares the configurations itself.
+add_reusable() {
+  local mark made_with
+  [ "$(config_value "$1" teacher.kind)$(config_value "$1" init.exp_dir)" = none ] || return 0
+  made_with=$(feature_fingerprint "$1")
+  for mark in "${egs_dir#"$root"/}"/*/exp/"$corpus_name-$scale/$1/.done"; do
+    [ -e "$mark" ] && [ "$mark" != "$exp_root/$1/.done" ] || continue
+    [[ $(cat "$mark") != "$made_with"$'\n'* ]] || arguments+=(--reuse "${mark%/.done}")
+  done
+}
+
+require_trained() {
+  [ -e "$exp_root/$1/.done" ] || fail "$exp_root/$1 is not trained; run its stage first (./run.sh --help)"
+}
+
+# Trains one phase: conf/<scale>/<phase>.yaml -> exp/<corpus>-<scale>/<phase>/. More arguments go to train.py, before
+# the user's --set, which have the last word.
+train_phase() {
+  local phase=$1 dev train launcher=(python)
+  shift
+  train=$(parts_of train) dev=$(parts_of dev)
+  [ -n "$dev" ] || fail "the corpus has no part to validate on; name one with --dev-parts and run stage 0 again"
+  [ "$nproc" = 1 ] || launcher=(python -m torch.distributed.run --standalone --nproc_per_node "$nproc")
+  local args=(--config "$conf_dir/$phase.yaml" --exp-dir "$exp_root/$phase" --device "$device"
+    --set "corpus=$corpus_name" --set "data.fbank_dir=$fbank_dir" --set "data.lang_dir=$lang_dir"
+    --set "data.train_parts=$train" --set "data.valid_part=${dev%% *}")
+  [ "$on_the_fly_feats" = 0 ] || args+=(--set data.on_the_fly_feats=true)
+  # A run with other options cannot be continued; train.py moves it aside, nothing is deleted.
+  if [ "$redo" = 1 ] && [ -d "$exp_root/$phase" ]; then args+=(--restart); fi
+  local sets
+  select_sets "$phase"
+  run "${launcher[@]}" local/train.py "${args[@]}" "$@" ${sets[@]+"${sets[@]}"}
+}
+
+# --- Stage 6: decoding and report ----------------------------------------------------------------------------------
+
+last_stages() {
+  if [ "$stop_stage" -ge 6 ]; then decode_stage; fi
+  run_stage 6 "report" "" "" stage_report
+}
+
+# Decodes what is trained, also when later stages have not run.
+decode_stage() {
+  local phase these done=0
+  for phase in $phases; do
+    if ! is_current "$phase"; then
+      [ ! -e "$exp_root/$phase/.done" ] ||
+        log "Stage 6: $phase began with or learnt from weights that were trained anew since: run its stage; not decoded"
+      continue
+    fi
+    these=$methods
+    if [ "$(config_value "$phase" model.las.enabled)" = True ]; then these+=,${first_pass}_las_rescore; fi
+    these=$(possible_methods "$these" "$phase")
+    run_stage 6 "decode $phase" "$exp_root/$phase/.done-decode" "$(decode_fingerprint "$phase" "$these")" \
+      decode_phase "$phase" "$these"
+    done=1
+  done
+  [ "$done" = 1 ] || fail "$exp_root holds no trained phase; run stage 2 first"
+}
+
+# The part that the second pass is tuned on: the first one to validate on that is not to test on as well.
+tune_part() {
+  local part test
+  test=" $(parts_of test) "
+  for part in $(parts_of dev); do
+    if [[ $test != *" $part "* ]]; then echo "$part"; return 0; fi
+  done
+  fail "the second pass has to be tuned on speech that it is not tested on: name a part with --dev-parts that is not" \
+    "among --test-parts, and run stage 0 again"
+}
+
+# The methods $1, commas between them, that this environment and phase $2 can do.
+possible_methods() {
+  local methods=$1
+  if [[ $methods == *fast_beam* ]] && ! python -c "import k2" >/dev/null 2>&1; then
+    methods=${methods/fast_beam_search_nbest_las_rescore/modified_beam_search_las_rescore}
+    methods=$(tr ',' '\n' <<<"$methods" | grep -v '^fast_beam' | paste -sd, -)
+    log "no k2 in this environment: leaving out the fast_beam_search methods (python3 tools/check_env.py says more)"
+  fi
+  if [ "$(config_value "$2" model.encoder.chunk_size)" != 0 ]; then methods+=,streaming_greedy_search; fi
+  echo "$methods"
+}
+
+# Decodes the test parts with a phase. $1: phase; $2: methods, commas between them.
+decode_phase() {
+  local test tune args=()
+  test=$(parts_of test)
+  [ -n "$test" ] || fail "the corpus has no test part; name one with --test-parts and run stage 0 again"
+  if [[ $2 == *_las_rescore* ]]; then
+    tune=$(tune_part)
+    args+=(--tune-part "$tune")
+  fi
+  run python local/decode.py --exp-dir "$exp_root/$1" --use-averaged-model --decoding-method "$2" \
+    --test-parts "${test// /,}" --device "$device" ${args[@]+"${args[@]}"}
+}
+
+# Makes the report of everything in exp_root and prints the results table. What a smoke run scores is no result.
+stage_report() {
+  local args=(--exp-dir "$exp_root")
+  [ "$scale" != smoke ] || args+=(--results "$exp_root/RESULTS.md")
+  run python local/report.py "${args[@]}"
+}
