@@ -88,9 +88,14 @@ def main() -> int:
         batches = progress(data.test_batches(part, args.max_duration), desc=f"delays of {part}")
         found[part] = alignment.measure_delay(loaded.model, reference.model, batches, part)
         logging.info("%s: %s", part, found[part].line())
+    origin = build._origin("", reference.checkpoint, reference.model.state_dict())
     encoder = loaded.config.model.encoder
     delays = {
-        "reference": {"phase": args.reference_exp_dir.resolve().name, "checkpoint": reference.checkpoint},
+        "reference": {
+            "phase": args.reference_exp_dir.resolve().name,
+            "checkpoint": reference.checkpoint,
+            "sha256": origin["sha256"],
+        },
         "checkpoint": loaded.checkpoint,
         "mode": "streaming" if encoder.chunk_size else "offline",
         "frame_ms": alignment.FRAME_MS,

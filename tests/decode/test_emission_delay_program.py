@@ -12,7 +12,7 @@ import torch
 from lhotse import CutSet, MonoCut, SupervisionSegment
 
 from transducer_kd import build
-from transducer_kd.config import PhaseConfig, to_dict
+from transducer_kd.config import PhaseConfig, TeacherConfig, to_dict
 from transducer_kd.data.features import FeatureFileWriter
 from transducer_kd.data.tokenizer import train_bpe
 from transducer_kd.decode import alignment
@@ -101,7 +101,12 @@ def frames_one_by_one(exp_dir, part):
 def test_delay_of_each_part(run, folder, caplog):
     caplog.set_level(logging.INFO)
     found = run("streaming", "offline")
-    assert found["reference"] == {"phase": "offline", "checkpoint": "epoch-2-avg-1"}
+    _, taught_by = build.build_teacher(
+        TeacherConfig("exp_dir", str(folder / "offline"), use_averaged_model=False),
+        build.load_model(folder / "offline").tokenizer,
+    )
+    expected = {"phase": "offline", "checkpoint": "epoch-2-avg-1", "sha256": taught_by["sha256"]}
+    assert found["reference"] == expected  # the hash that meta.json has of a teacher
     assert (found["checkpoint"], found["mode"], found["frame_ms"]) == ("epoch-2-avg-1", "streaming", 40)
     assert "--reference-exp-dir" in found["command"] and found["commit"]
     assert list(found["parts"]) == ["test-clean", "test-other"]
