@@ -48,7 +48,9 @@ def rows_of(batch, rows):
     """The utterances `rows` (a slice) as a batch of their own, without the padding that they do not need."""
     lens, y_lens = batch.feature_lens[rows], batch.y_lens[rows]
     features, y = batch.features[rows, : int(lens.max())], batch.y[rows, : int(y_lens.max())]
-    return Batch(features, lens, y, y_lens, batch.cut_ids[rows], batch.texts[rows])
+    return Batch(
+        features, lens, y, y_lens, batch.cut_ids[rows], batch.texts[rows], batch.is_pseudo[rows]
+    )  # fmt: skip
 
 
 class OtherLength(nn.Module):

@@ -394,3 +394,117 @@ def test_shifted_occupancies_repeat_the_ends_of_each_utterance():
     earlier = distill_module._shifted((px, py), -2, 4, lens)
     assert earlier[0].tolist() == [[[3, 4, 5, 5]], [[3, 3, 3, 3]]]
     assert earlier[1][1].tolist() == [[30, 30, 30, 30]] * 2
+
+
+# ---------------------------------------------------------------- pseudo-labelled utterances
+
+PSEUDO = {"utterances": "pseudo"}
+MIXED_OPTIONS = [
+    {"lattice": "full", "form": "collapsed"},
+    {"ranges_from": "teacher", "frame_shift": 2},
+    {"weighting": "occupancy", "frame_shift": 3},
+]
+
+
+def mark(batch, *rows):
+    """The batch with the utterances `rows` pseudo-labelled."""
+    is_pseudo = torch.zeros(len(batch.y_lens), dtype=torch.bool)
+    is_pseudo[list(rows)] = True
+    return dataclasses.replace(batch, is_pseudo=is_pseudo)
+
+
+def store(batch, teacher):
+    """The batch with what the teacher's encoder gives for its pseudo-labelled utterances."""
+    rows = batch.is_pseudo.nonzero()[:, 0]
+    taught = teacher_pass(teacher, batch.select(rows))
+    teacher_out = torch.zeros(len(batch.y_lens), *taught.encoder_out.shape[1:])
+    lens = torch.zeros_like(batch.feature_lens)
+    teacher_out[rows], lens[rows] = taught.encoder_out, taught.encoder_out_lens
+    return dataclasses.replace(batch, teacher_out=teacher_out, teacher_out_lens=lens)
+
+
+def refuse(*_, **__):
+    raise AssertionError("the teacher was run")
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+@pytest.mark.parametrize("rows", [(2,), (0, 1), (0, 1, 2)])
+@pytest.mark.parametrize("options", MIXED_OPTIONS)
+def test_a_stored_teacher_is_the_teacher(
+    build, batch, make_model, other_length, gradients, monkeypatch, rows, more, options
+):
+    teacher = other_length(make_model(24, seed=1), more).eval()
+    batch = mark(batch, *rows)
+    run = build(None, teacher, **PSEUDO, **options).train()
+    expected = run(batch, 0)
+    expected_gradients = gradients(run.model, expected.loss_sum)
+    stored = build(None, teacher, stored=True, **PSEUDO, **options).train()
+    batch = store(batch, teacher)
+    monkeypatch.setattr(teacher, "encode", refuse)
+    got = stored(batch, 0)
+    torch.testing.assert_close(got.losses, expected.losses)
+    for name, value in gradients(stored.model, got.loss_sum).items():
+        torch.testing.assert_close(value, expected_gradients[name], msg=name)
+    assert (expected.metrics["kd_loss"] > 1).all()
+
+
+@pytest.mark.parametrize("pseudo_weight", [0.0, 0.5])
+@pytest.mark.parametrize("is_stored", [False, True])
+@pytest.mark.parametrize("options", MIXED_OPTIONS)
+def test_a_mixed_batch_is_the_sum_of_its_utterances(
+    build, make_batch, rows_of, gradients, options, is_stored, pseudo_weight
+):
+    """The longest is labelled: what is distilled has padding that it does not need."""
+    objective = build(**PSEUDO, **options, stored=is_stored).train()
+    objective.loss.pseudo_weight = pseudo_weight
+    batch = mark(make_batch((61, 90, 47, 72), (4, 7, 2, 5)), 0, 2)
+    alone = [rows_of(batch, slice(n, n + 1)) for n in range(4)]
+    if is_stored:
+        batch = store(batch, objective.teacher)
+        alone = [store(one, objective.teacher) if one.is_pseudo[0] else one for one in alone]
+    together, pieces = objective(batch, 0), [objective(one, 0) for one in alone]
+    torch.testing.assert_close(
+        together.losses, torch.cat([piece.losses for piece in pieces]), atol=1e-4, rtol=1e-5
+    )
+    expected = gradients(objective.model, sum(piece.loss_sum for piece in pieces))
+    for name, value in gradients(objective.model, together.loss_sum).items():
+        torch.testing.assert_close(value, expected[name], atol=1e-3, rtol=1e-3, msg=name)
+    for name, value in together.metrics.items():
+        expected_sum = sum(piece.metrics[name] for piece in pieces)
+        torch.testing.assert_close(value, expected_sum, atol=1e-3, rtol=1e-5, msg=name)
+    # kd_loss / kd_share is the mean over the frames that are distilled on.
+    frames = together.encoder_out_lens[[0, 2]].sum()
+    assert together.metrics["kd_share"] == frames < together.num_frames
+
+
+@pytest.mark.parametrize("options", MIXED_OPTIONS)
+def test_soft_targets_alone_teach_on_pseudo_labels(build, batch, gradients, rows_of, options):
+    """Transducer loss on the labelled utterances, distillation on the others, and nothing else."""
+    objective = build(**PSEUDO, **options).train()
+    objective.loss.pseudo_weight = 0.0
+    model = objective.model
+    found = gradients(model, objective(mark(batch, 0), 0).loss_sum)
+    augment = SpecAugment(SpecAugmentConfig(enabled=False))
+    plain = TransducerObjective(model, objective.loss, augment).train()
+    everywhere = build(model, objective.teacher, **options).train()
+    labelled = plain(rows_of(batch, slice(1, 3)), 0).loss_sum
+    expected = gradients(model, labelled + 2.0 * kd_of(everywhere, rows_of(batch, slice(0, 1)))[0].sum())
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-3, rtol=1e-3, msg=name)
+    of_distillation = gradients(model, kd_of(objective, mark(batch, 0))[0][1:].sum())
+    assert all((g == 0).all() for g in of_distillation.values())
+
+
+@pytest.mark.parametrize("options", [*MIXED_OPTIONS, {"stored": True, "ranges_from": "teacher"}])
+def test_without_pseudo_labels_the_teacher_is_left_alone(build, batch, monkeypatch, options):
+    objective = build(**PSEUDO, **options).train()
+    expected = build(objective.model, weight=0.0).train()(batch, 0)
+    for name in ("encode", "decode_labels"):
+        monkeypatch.setattr(objective.teacher, name, refuse)
+    out = objective(batch, 0)
+    assert torch.equal(out.losses, expected.losses)
+    # Another rank may have some in its batch: the names of the metrics have to be the same.
+    assert out.metrics["kd_loss"] == out.metrics["kd_share"] == 0
+    validation = objective.eval()(batch, 0)
+    assert validation.metrics.keys() == {"loss", "simple_loss", "pruned_loss"}
+    assert objective.images(batch, 0)["pruning_ranges"].shape[0] == 5

@@ -58,6 +58,27 @@ def test_loss_is_the_weighted_sum_of_its_terms(make_batch):
     assert not any(v.requires_grad for v in m.values())
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.25, 3.0])
+def test_pseudo_labelled_utterances_weigh_what_they_are_told_to(make_batch, gradients, rows_of, weight):
+    loss = LossConfig(ctc_weight=0.3, pseudo_weight=weight)
+    objective, batch = build(loss).train(), make_batch()
+    expected = objective(batch, 500)  # all are labelled
+    batch.is_pseudo[1] = True
+    out = objective(batch, 500)
+    torch.testing.assert_close(out.losses, expected.losses * torch.tensor([1.0, weight, 1.0]))
+    assert out.num_frames == expected.num_frames
+    assert all(torch.equal(out.metrics[k], v) for k, v in expected.metrics.items() if k != "loss")
+    found = gradients(objective.model, out.loss_sum)
+    alone = [objective(rows_of(batch, slice(n, n + 1)), 500).loss_sum for n in range(3)]
+    for name, value in gradients(objective.model, sum(alone)).items():
+        torch.testing.assert_close(found[name], value, atol=1e-4, rtol=1e-3, msg=name)
+    # Without a weight the parameters still get a gradient, which data-parallel training waits for.
+    batch.is_pseudo[:] = True
+    gradients(objective.model, objective(batch, 500).loss_sum)
+    norms = [p.grad.abs().max() for p in objective.model.parameters()]
+    assert (max(norms) > 0) == (weight > 0)
+
+
 @pytest.mark.parametrize(
     "step, expected", [(0, (1.0, 0.1)), (50, (0.75, 0.55)), (100, (0.5, 1.0)), (10**6, (0.5, 1.0))]
 )

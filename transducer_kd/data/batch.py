@@ -1,6 +1,6 @@
 """The batch that every objective and every decoder sees; made once, here, from features and token lists.
 
-N batch, T feature frames (10 ms), C mel bins (80), U tokens.
+N batch, T feature frames (10 ms), C mel bins (80), T' encoder frames (40 ms), D channels, U tokens.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import List, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ class Batch:
     y_lens        (N,) int64, may be 0 where a test utterance has no transcript
     cut_ids       N names of utterances
     texts         N normalised transcripts
+    is_pseudo     (N,) bool: the transcript is a teacher's; none is, where it is left out
+    teacher_out       (N,T',D) float32, a teacher's encoder output that was stored; None where none is read
+    teacher_out_lens  (N,) int64, 0 for utterances without
     """
 
     features: torch.Tensor
@@ -37,6 +40,13 @@ class Batch:
     y_lens: torch.Tensor
     cut_ids: List[str]
     texts: List[str]
+    is_pseudo: Optional[torch.Tensor] = None
+    teacher_out: Optional[torch.Tensor] = None
+    teacher_out_lens: Optional[torch.Tensor] = None
+
+    def __post_init__(self) -> None:
+        if self.is_pseudo is None:
+            self.is_pseudo = torch.zeros_like(self.y_lens, dtype=torch.bool)
 
     @property
     def audio_s(self) -> float:
@@ -45,12 +55,23 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        moved = {
-            f.name: value.to(device, non_blocking=True)
-            for f in dataclasses.fields(self)
-            if isinstance(value := getattr(self, f.name), torch.Tensor)
-        }
+        moved = {name: value.to(device, non_blocking=True) for name, value in self._tensors().items()}
         return dataclasses.replace(self, **moved)
+
+    def select(self, rows: torch.Tensor) -> Batch:
+        """The utterances `rows` (n,) int64, without the frames of padding that only others needed.
+
+        y keeps its width: what was computed for the nodes of the whole batch's lattice still fits.
+        """
+        chosen = {name: value[rows] for name, value in self._tensors().items()}
+        chosen["features"] = chosen["features"][:, : int(chosen["feature_lens"].max())]
+        if self.teacher_out is not None:
+            chosen["teacher_out"] = chosen["teacher_out"][:, : int(chosen["teacher_out_lens"].max())]
+        names = {name: [getattr(self, name)[i] for i in rows.tolist()] for name in ("cut_ids", "texts")}
+        return Batch(**chosen, **names)
+
+    def _tensors(self) -> Dict[str, torch.Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
 
 
 def collate(
@@ -58,14 +79,32 @@ def collate(
     tokens: Sequence[Sequence[int]],
     cut_ids: Sequence[str],
     texts: Sequence[str],
+    is_pseudo: Optional[Sequence[bool]] = None,
+    teacher_out: Optional[Sequence[Optional[np.ndarray]]] = None,
 ) -> Batch:
-    """Pad N matrices (T_n,C) and N token lists into a Batch."""
-    feature_lens = torch.tensor([len(f) for f in features], dtype=torch.int64)
+    """Pad N matrices (T_n,C), N token lists and, where given, N matrices (T'_n,D) or None into a Batch."""
+    padded, feature_lens = _pad(features, PADDING_VALUE)
     y_lens = torch.tensor([len(t) for t in tokens], dtype=torch.int64)
-    padded = torch.full((len(features), int(feature_lens.max()), features[0].shape[1]), PADDING_VALUE)
     # The loss kernels want at least one column, also when no utterance has a transcript.
     y = torch.zeros((len(tokens), max(1, int(y_lens.max()))), dtype=torch.int64)
-    for i, (matrix, ids) in enumerate(zip(features, tokens)):
-        padded[i, : len(matrix)] = torch.from_numpy(matrix)
-        y[i, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-    return Batch(padded, feature_lens, y, y_lens, list(cut_ids), list(texts))
+    for row, ids in zip(y, tokens):
+        row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
+    batch = Batch(padded, feature_lens, y, y_lens, list(cut_ids), list(texts))
+    if is_pseudo is not None:
+        batch.is_pseudo = torch.tensor(is_pseudo, dtype=torch.bool)
+    stored = [matrix for matrix in teacher_out or () if matrix is not None]
+    if stored:
+        none = stored[0][:0]
+        batch.teacher_out, batch.teacher_out_lens = _pad(
+            [none if matrix is None else matrix for matrix in teacher_out], 0.0
+        )
+    return batch
+
+
+def _pad(matrices: Sequence[np.ndarray], value: float) -> Tuple[torch.Tensor, torch.Tensor]:
+    """N matrices (T_n,C) -> (N,T,C) float32 and their lengths (N,)."""
+    lens = torch.tensor([len(matrix) for matrix in matrices], dtype=torch.int64)
+    padded = torch.full((len(matrices), int(lens.max()), matrices[0].shape[1]), value)
+    for row, matrix in zip(padded, matrices):
+        row[: len(matrix)] = torch.from_numpy(matrix)
+    return padded, lens

@@ -6,7 +6,7 @@ T feature frames, C mel bins, S samples.
 import math
 import random
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple, Union
+from typing import Callable, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -26,6 +26,11 @@ def cut_frames(cut: Cut) -> int:
 def cut_text(cut: Cut) -> str:
     """The transcript of a cut; empty where there is none."""
     return (cut.supervisions[0].text or "") if cut.supervisions else ""
+
+
+def is_pseudo_labelled(cut: Cut) -> bool:
+    """Whether the transcript of a cut is a teacher's: local/pseudo_label.py marks those it makes."""
+    return bool(cut.custom) and "teacher_sha256" in cut.custom
 
 
 class NoiseMixer:
@@ -74,6 +79,7 @@ class CutDataset(torch.utils.data.Dataset):
 
     The error travels as a value because DataLoader would wrap one raised in a worker into a page of
     traceback. Noise depends on (seed_text, index) alone, so any number of workers gives the same batches.
+    read_soft: from a pseudo-labelled cut to its teacher's encoder output (T',D), where that is asked for.
     """
 
     def __init__(
@@ -82,18 +88,27 @@ class CutDataset(torch.utils.data.Dataset):
         extractor: Optional[FeatureExtractor] = None,
         mixer: Optional[NoiseMixer] = None,
         seed_text: str = "",
+        read_soft: Optional[Callable[[Cut], np.ndarray]] = None,
     ):
         self.tokenizer, self.extractor, self.mixer, self.seed_text = tokenizer, extractor, mixer, seed_text
+        self.read_soft = read_soft
 
     def __getitem__(self, item: Tuple[int, Sequence[Cut]]) -> Union[Batch, UserError]:
         index, cuts = item
         rng = random.Random(f"{self.seed_text}/{index}")
+        is_pseudo = [is_pseudo_labelled(cut) for cut in cuts]
+        teacher_out = None
         try:
             features = [self._features(cut, rng) for cut in cuts]
+            if self.read_soft is not None:
+                teacher_out = [
+                    self.read_soft(cut) if pseudo else None for cut, pseudo in zip(cuts, is_pseudo)
+                ]
         except UserError as e:
             return e
         texts = [cut_text(cut) for cut in cuts]
-        return collate(features, self.tokenizer.encode(texts), [cut.id for cut in cuts], texts)
+        tokens = self.tokenizer.encode(texts)
+        return collate(features, tokens, [cut.id for cut in cuts], texts, is_pseudo, teacher_out)
 
     def _features(self, cut: Cut, rng: random.Random) -> np.ndarray:
         if self.extractor is None:

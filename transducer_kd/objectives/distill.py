@@ -6,6 +6,11 @@ L_kd is each utterance's mean distance (over its nodes or its frames, by `normal
 every encoder frame. So beta weighs two means per frame, whatever the batch size, and the trainer's division
 by the frames holds for both. The teacher sees the features without augmentation.
 
+With distill.utterances=pseudo only utterances with pseudo-labels have an L_kd, and only they are pruned by
+the teacher's bounds, where those are asked for. The kd_loss that is logged is still a mean over all frames:
+times beta, it is what the loss has of it. kd_share is the share of the frames that have one, so that
+kd_loss / kd_share is the mean distance over those.
+
 N batch, T feature frames, T' encoder frames, U tokens, V vocabulary, D channels, S nodes kept per frame.
 Sources: see losses/distill.py. Sharing the teacher's pruning bounds with the student is prior art as well.
 """
@@ -31,17 +36,25 @@ from transducer_kd.objectives.transducer import TransducerObjective, TransducerP
 @dataclass
 class TeacherPass:
     """What the teacher computed for a batch, without graph: encoder_out (N,T',D), its lengths (N,), and, for
-    the first pass, decoder_out (N,U+1,D). Its T' may differ from the student's by a frame or two."""
+    the first pass, decoder_out (N,U+1,D). Its T' may differ from the student's by a frame or two.
+    rows (n,) int64: the utterances of the batch that it is about; None: all."""
 
     encoder_out: torch.Tensor
     encoder_out_lens: torch.Tensor
     decoder_out: Optional[torch.Tensor] = None
+    rows: Optional[torch.Tensor] = None
 
 
 @torch.no_grad()
-def teacher_pass(teacher: Any, batch: Any, with_decoder: bool = True) -> TeacherPass:
-    """Run a teacher's encoder, and its prediction network where it is asked for, on the batch as it is."""
-    taught = TeacherPass(*teacher.encode(batch.features, batch.feature_lens))
+def teacher_pass(teacher: Any, batch: Any, with_decoder: bool = True, stored: bool = False) -> TeacherPass:
+    """Run a teacher's encoder, and its prediction network where it is asked for, on the batch as it is.
+
+    stored: take the encoder output that comes with the batch instead.
+    """
+    if stored:
+        taught = TeacherPass(batch.teacher_out, batch.teacher_out_lens)
+    else:
+        taught = TeacherPass(*teacher.encode(batch.features, batch.feature_lens))
     if with_decoder:
         taught.decoder_out = teacher.decode_labels(batch.y)
     return taught
@@ -87,39 +100,68 @@ class DistillObjective(TransducerObjective):
         self, batch: Any, step: int
     ) -> Tuple[TransducerPass, Optional[TeacherPass], torch.Tensor, Dict[str, torch.Tensor]]:
         """The student's pass, the teacher's, the transducer's loss with distillation (N,), and its terms."""
-        taught = teacher_pass(self.teacher, batch) if self.frozen is not None else None
+        taught = self.ask_teacher(batch)
         x = self.spec_augment(batch.features, batch.feature_lens)
         done = self.transducer_pass(x, batch, guide=self._guide(taught, batch))
         losses, terms = self.transducer_loss(done, batch, step)
-        if self.distill.weight > 0:
+        # In training also where it is zero: all ranks log the same names.
+        if self.distill.weight > 0 and (taught is not None or self.training):
             terms["kd_loss"] = self.lattice_kd(done, taught, batch)
             losses = losses + self.distill.weight * terms["kd_loss"]
+            if self.distill.utterances == "pseudo":
+                terms["kd_share"] = done.encoder_out_lens * batch.is_pseudo
         return done, taught, losses, terms
+
+    def ask_teacher(self, batch: Any) -> Optional[TeacherPass]:
+        """The teacher on the utterances to distill on; None, and no work, where there are none."""
+        if self.frozen is None:
+            return None
+        rows = None
+        if self.distill.utterances == "pseudo":
+            rows = batch.is_pseudo.nonzero()[:, 0]
+            if len(rows) == 0:
+                return None
+            if len(rows) == len(batch.y_lens):
+                rows = None
+        asked = batch if rows is None else batch.select(rows)
+        taught = teacher_pass(self.teacher, asked, stored=self.distill.stored)
+        taught.rows = rows
+        return taught
 
     def clean_pass(self, batch: Any) -> TransducerPass:
         """See TransducerObjective."""
-        taught = teacher_pass(self.teacher, batch) if self.frozen is not None else None
-        return self.transducer_pass(batch.features, batch, guide=self._guide(taught, batch))
+        return self.transducer_pass(batch.features, batch, guide=self._guide(self.ask_teacher(batch), batch))
 
     def _guide(self, taught: Optional[TeacherPass], batch: Any) -> Optional[Callable[[Grads], Grads]]:
         """What to prune by where it is not the student's own simple loss."""
-        if self.distill.weight == 0 or self.distill.ranges_from == "student":
+        if taught is None or self.distill.weight == 0 or self.distill.ranges_from == "student":
             return None
-        lens = taught.encoder_out_lens
-        occupancies = self._teacher_occupancies(taught, batch)
-        too_short = (lens < batch.y_lens)[
-            :, None, None
-        ]  # no path for the teacher, though one for the student
+        rows = slice(None) if taught.rows is None else taught.rows
+        lens, y, y_lens = taught.encoder_out_lens, batch.y[rows], batch.y_lens[rows]
+        occupancies = self._teacher_occupancies(taught, y, y_lens)
+        too_short = (lens < y_lens)[:, None, None]  # no path for the teacher, though one for the student
 
         def guide(own: Grads) -> Grads:
             shifted = _shifted(occupancies, self.distill.frame_shift, own[0].shape[-1], lens)
-            px, py = (torch.where(too_short, mine, theirs) for mine, theirs in zip(own, shifted))
+            px, py = (mine.clone() for mine in own)
+            for mine, theirs in zip((px, py), shifted):
+                mine[rows] = torch.where(too_short, mine[rows], theirs)
             return px, py
 
         return guide
 
-    def lattice_kd(self, done: TransducerPass, taught: TeacherPass, batch: Any) -> torch.Tensor:
-        """The distance to the teacher (N,): the utterance's mean times its encoder frames."""
+    def lattice_kd(self, done: TransducerPass, taught: Optional[TeacherPass], batch: Any) -> torch.Tensor:
+        """The distance to the teacher (N,): the utterance's mean times its encoder frames; 0 without one."""
+        if taught is None:
+            return torch.zeros_like(done.pruned_loss)
+        if taught.rows is None:
+            return self._distances(done, taught, batch)
+        distances = torch.zeros_like(done.pruned_loss)
+        rows = taught.rows
+        distances[rows] = self._distances(done.select(rows), taught, batch.select(rows))
+        return distances
+
+    def _distances(self, done: TransducerPass, taught: TeacherPass, batch: Any) -> torch.Tensor:
         if self.distill.lattice == "full":
             losses, counts = self._full_lattice(done, taught, batch)
         else:
@@ -205,14 +247,14 @@ class DistillObjective(TransducerObjective):
         return kd.lattice_kd_loss(logits, teacher_logits, symbols, ranges, boundary, self.options, occupancy)
 
     @torch.no_grad()
-    def _teacher_occupancies(self, taught: TeacherPass, batch: Any) -> Grads:
-        """What the teacher's simple loss would prune its own lattice by."""
+    def _teacher_occupancies(self, taught: TeacherPass, y: torch.Tensor, y_lens: torch.Tensor) -> Grads:
+        """What the teacher's simple loss would prune its own lattice by; y (N,U), y_lens (N,)."""
         _, occupancies = pruned_rnnt.simple_loss(
             lm=self.teacher.simple_lm_proj(taught.decoder_out),
             am=self.teacher.simple_am_proj(taught.encoder_out),
-            symbols=batch.y,
+            symbols=y,
             boundary=pruned_rnnt.make_boundary(
-                torch.minimum(batch.y_lens, taught.encoder_out_lens), taught.encoder_out_lens
+                torch.minimum(y_lens, taught.encoder_out_lens), taught.encoder_out_lens
             ),
             lm_scale=self.loss.lm_scale,
             am_scale=self.loss.am_scale,

@@ -49,9 +49,21 @@ class TransducerPass:
     simple_loss: torch.Tensor
     pruned_loss: torch.Tensor
 
+    def select(self, rows: torch.Tensor) -> "TransducerPass":
+        """That of the utterances `rows` (n,) int64, up to the last frame of the longest; U stays."""
+        t = int(self.encoder_out_lens[rows].max())
+        px, py = (occupancies[rows, :, :t] for occupancies in self.occupancies)
+        return TransducerPass(
+            self.encoder_out[rows, :t], self.encoder_out_lens[rows], self.decoder_out[rows],
+            self.boundary[rows], (px, py), self.ranges[rows, :t], self.logits[rows, :t],
+            self.simple_loss[rows], self.pruned_loss[rows],
+        )  # fmt: skip
+
 
 class TransducerObjective(Objective):
-    """L = a(step) simple_loss + b(step) pruned_loss + ctc_weight CTC, summed over utterances."""
+    """L = a(step) simple_loss + b(step) pruned_loss + ctc_weight CTC, summed over utterances; those with
+    pseudo-labels weigh loss.pseudo_weight. The terms that are logged are of all utterances, not weighted.
+    """
 
     def __init__(self, model: Transducer, loss: LossConfig, spec_augment: SpecAugment):
         super().__init__()
@@ -80,6 +92,8 @@ class TransducerObjective(Objective):
         if self.model.ctc_output is not None and self.loss.ctc_weight > 0:
             terms["ctc_loss"] = self.ctc_loss(done.encoder_out, done.encoder_out_lens, batch)
             losses = losses + self.loss.ctc_weight * terms["ctc_loss"]
+        if self.loss.pseudo_weight != 1:
+            losses = losses * (1.0 + (self.loss.pseudo_weight - 1.0) * batch.is_pseudo)
         return losses, terms
 
     def transducer_pass(
