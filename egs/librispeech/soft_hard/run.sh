@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# Comparison of soft and hard target RNN-T distillation (Hwang et al., ICASSP 2023) and noisy student training. Stage 2:
+# an offline teacher. Stage 3: it labels the unlabelled part, once for all arms. Stage 4: the arms, {hard, soft, both} for
+# a small streaming student and for one of the teacher's own architecture (self), each beside the same student trained on
+# labelled speech alone, for the same updates; the streaming one with several values of frame_shift. Stage 5: a second
+# generation, labelled by the first. Stage 6: every phase decoded, its emission delay measured, the report.
+#
+#   ./run.sh --recipe soft_hard --stage 0 --stop-stage 6 [options]        ./run.sh --help lists the options
+recipe=soft_hard
+recipe_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+last_stage=6
+source "$recipe_dir/../common.sh"
+
+methods=greedy_search,modified_beam_search
+parse_options "$@"
+
+streaming="supervised_streaming hard_streaming soft_streaming softhard_streaming"
+shifts="soft_streaming_shift0 soft_streaming_shift4"
+self="supervised_self hard_self soft_self softhard_self"
+phases="teacher $streaming $shifts $self hard_self2 soft_self2"
+# Who labels the speech that a phase learns from; with soft targets it is the teacher as well.
+declare -A labelled_by=([hard_self2]=hard_self [soft_self2]=soft_self)
+for phase in $phases; do
+  case $phase in
+    teacher | supervised_*) ;;
+    *) labelled_by[$phase]=${labelled_by[$phase]:-teacher} ;;
+  esac
+  case $phase in soft*) learns_from[$phase]=${labelled_by[$phase]} ;; esac
+done
+
+# What is dropped of the labels: local/pseudo_label.py --help. At scale smoke no hypothesis is worth anything.
+filters=(--min-confidence 0.5)
+[ "$scale" != smoke ] || filters=(--min-confidence 0 --max-token-rate 2 --max-repeats 1000)
+
+# Hooks of the shared stages: a phase is trained on a set of labels, and anew when that was made anew.
+phase_inputs() {
+  local who=${labelled_by[$1]:-} mark
+  [ -n "$who" ] || return 0
+  mark=$exp_root/labels/$who/.done
+  echo "labels of $who: $([ ! -e "$mark" ] || sed -n '$p' "$mark")"
+}
+phase_arguments() {
+  local who=${labelled_by[$1]:-}
+  [ -n "$who" ] || return 0
+  [ -e "$exp_root/labels/$who/.done" ] || fail "$exp_root/labels/$who is not complete; run the stage that labels first"
+  arguments+=(--set "data.pseudo_labels=$exp_root/labels/$who")
+}
+
+# $1: stage, $2: the phase that labels the unlabelled parts, $3: how its soft targets are stored
+label_stage() {
+  local dir=$exp_root/labels/$2
+  run_stage "$1" "labels of $2" "$dir/.done" "$(phase_fingerprint "$2"; training_ended "$2"; echo "$3 ${filters[*]}")" \
+    label "$2" "$dir" "$3"
+}
+label() {
+  local parts
+  require_trained "$1"
+  parts=$(parts_of unlabelled)
+  # Labels of other weights or with other options are of no use here, but nothing is deleted.
+  if [ "$redo" = 1 ] && [ -d "$2" ]; then mv "$2" "$2.old-$(date +%Y%m%d-%H%M%S)"; fi
+  local launcher=(python)
+  [ "$nproc" = 1 ] || launcher=(python -m torch.distributed.run --standalone --nproc_per_node "$nproc")
+  run "${launcher[@]}" local/pseudo_label.py --exp-dir "$exp_root/$1" --use-averaged-model --parts "${parts// /,}" \
+    --output-dir "$2" --soft "$3" --device "$device" "${filters[@]}"
+}
+
+# How much later than the teacher each phase emits.
+delay_stage() {
+  local phase test
+  test=$(parts_of test)
+  for phase in ${phases#teacher }; do
+    if ! is_current "$phase" || ! is_current teacher; then continue; fi
+    run_stage 6 "emission delay of $phase" "$exp_root/$phase/.done-delay" \
+      "$(phase_fingerprint "$phase"; training_ended "$phase"; training_ended teacher)" \
+      run python local/emission_delay.py --exp-dir "$exp_root/$phase" --reference-exp-dir "$exp_root/teacher" \
+      --use-averaged-model --test-parts "${test// /,}" --device "$device"
+  done
+}
+
+start_recipe
+data_stages
+if [ "$stop_stage" -ge 3 ] && [ -z "$(parts_of unlabelled)" ]; then
+  fail "the corpus has no unlabelled part, which the teacher could label; name one with --unlabelled-parts and run" \
+    "stages 0 and 1 again, for example --corpus librispeech --unlabelled-parts train-clean-360"
+fi
+train_stage 2 teacher
+label_stage 3 teacher float16
+train_stage 4 $streaming $shifts $self
+label_stage 5 hard_self none
+train_stage 5 hard_self2
+label_stage 5 soft_self float16
+train_stage 5 soft_self2
+if [ "$stop_stage" -ge 6 ]; then
+  decode_stage
+  delay_stage
+fi
+run_stage 6 "report" "" "" stage_report
