@@ -3,7 +3,8 @@
     L_las = (1 - alpha) CE + alpha tau^2 KL(teacher's LAS || LAS)
     L     = lambda (L_rnnt + beta L_kd) + (1 - lambda) L_las [+ weight * expected word errors]
 
-All are sums over an utterance in nats (word errors: in words) and are divided by the encoder frames together.
+All are sums over an utterance in nats (L_kd: its mean times the encoder frames; word errors: in words) and
+are divided by the encoder frames together.
 Each LAS attends to its own encoder: the teacher's to the teacher's, whatever its width.
 
 Three-stage distillation: Dawalatabad et al., ASRU 2021. MWER: see losses/mwer.py.
@@ -135,7 +136,7 @@ class TwoPassObjective(DistillObjective):
     def expected_errors(self, encoded: Encoded, batch: Any) -> torch.Tensor:
         """MWER (N,): word errors of the first pass's n-best, weighed by the LAS's probabilities."""
         encoder_out, encoder_out_lens = encoded
-        self.model.eval()  # the search is to find what it would find
+        self.model.eval()  # no dropout in decoder and joiner; encoder_out is the training pass's
         with torch.no_grad():
             nbests = modified_beam_search(
                 self.model, encoder_out.detach(), encoder_out_lens, self.two_pass.mwer_nbest
