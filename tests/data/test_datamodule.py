@@ -20,8 +20,9 @@ from lhotse import CutSet
 
 from transducer_kd.config import DataConfig
 from transducer_kd.data import dataset as dataset_module
-from transducer_kd.data.datamodule import DataModule, duration_bins, load_cuts
+from transducer_kd.data.datamodule import DataModule, duration_bins, load_cuts, piece_of_epoch
 from transducer_kd.data.dataset import mix_at_snr
+from transducer_kd.data.pseudo_labels import pack_soft, set_sha256
 from transducer_kd.data.tokenizer import Tokenizer
 from transducer_kd.data.validate import save_manifest
 from transducer_kd.log import UserError
@@ -33,10 +34,10 @@ def encoder_lens(frames: int) -> int:
 
 @pytest.fixture
 def build(prepared):
-    def make(world_size=1, rank=0, lens=encoder_lens, **settings):
+    def make(world_size=1, rank=0, lens=encoder_lens, soft_targets=False, **settings):
         config = DataConfig(fbank_dir=str(prepared.fbank), lang_dir=str(prepared.lang), max_duration_s=12.0)
         config = dataclasses.replace(config, **settings)
-        return DataModule(config, Tokenizer(prepared.lang), lens, world_size, rank)
+        return DataModule(config, Tokenizer(prepared.lang), lens, world_size, rank, soft_targets)
 
     return make
 
@@ -49,8 +50,17 @@ def assert_same(found, expected):
     assert len(found) == len(expected)
     for a, b in zip(found, expected):
         assert a.cut_ids == b.cut_ids and a.texts == b.texts
-        for name in ("features", "feature_lens", "y", "y_lens"):
-            assert torch.equal(getattr(a, name), getattr(b, name)), name
+        for name in (
+            "features",
+            "feature_lens",
+            "y",
+            "y_lens",
+            "is_pseudo",
+            "teacher_out",
+            "teacher_out_lens",
+        ):
+            x, z = getattr(a, name), getattr(b, name)
+            assert (x is z is None) or torch.equal(x, z), name
 
 
 def test_an_epoch_holds_every_cut_once_and_epochs_differ(build):
@@ -257,6 +267,128 @@ def test_cuts_of_a_moved_folder_still_find_their_features(prepared, tmp_path):
 def test_noise_without_audio_to_mix_it_into_is_refused(build, prepared):
     with pytest.raises(UserError, match="on_the_fly_feats"):
         build(musan_cuts=str(prepared.fbank / "cuts_dev.jsonl.gz"))
+
+
+# ---------------------------------------------------------------- pseudo-labels
+
+
+@pytest.fixture
+def label(prepared, tmp_path):
+    """Function: pseudo-labels of part test, with stored teachers of 6 channels, all of cut n being n."""
+
+    def make(text="TURN ON THE MUSIC"):
+        cuts = list(CutSet.from_file(prepared.fbank / "cuts_test.jsonl.gz"))
+        (tmp_path / "units").mkdir()
+        with open(tmp_path / "units" / "00000.soft", "wb") as f:
+            for n, cut in enumerate(cuts):
+                cut.supervisions[0].text = text
+                soft = {"path": "units/00000.soft", "offset": f.tell(), "dim": 6, "dtype": "float16"}
+                soft["frames"] = encoder_lens(cut.num_frames)
+                cut.custom = {"score": -1.0, "confidence": 0.9, "teacher_sha256": "a" * 64, "soft": soft}
+                f.write(pack_soft(np.full((soft["frames"], 6), n, np.float32), "float16"))
+        save_manifest(cuts, tmp_path / "cuts.jsonl.gz")
+        (tmp_path / "summary.json").write_text(f'{{"sha256": "{set_sha256(cuts)}"}}')
+        return str(tmp_path), {cut.id: n for n, cut in enumerate(cuts)}
+
+    return make
+
+
+def test_pseudo_labels_join_the_training_parts(build, prepared, label):
+    folder, numbers = label()
+    texts = {cut.id: cut.supervisions[0].text for cut in load_cuts(prepared.fbank, "train")}
+    data = build(pseudo_labels=folder, max_cut_s=2.5)
+    found = {}
+    for batch in data.train_batches(1):
+        assert batch.teacher_out is None
+        rows = zip(batch.cut_ids, batch.texts, batch.is_pseudo.tolist())
+        found.update({cut_id: (text, is_pseudo) for cut_id, text, is_pseudo in rows})
+    assert set(found) == {cut.id for cut in data._train_cuts + data._pseudo_cuts}
+    for cut_id, (text, is_pseudo) in found.items():
+        assert is_pseudo == (cut_id in numbers) and text == texts.get(cut_id, "TURN ON THE MUSIC")
+    (too_long,) = data.dropped["pseudo-labels"].values()
+    kept = {cut_id for cut_id, (_, is_pseudo) in found.items() if is_pseudo}
+    assert 0 < len(too_long) < 10 and kept == set(numbers) - set(too_long)
+    assert not any(batch.is_pseudo.any() for batch in data.valid_batches())
+
+
+def test_stored_teachers_come_with_their_utterances(build, label):
+    folder, numbers = label()
+    data = build(pseudo_labels=folder, soft_targets=True)
+    seen = 0
+    for batch in data.train_batches(1):
+        for n, cut_id in enumerate(batch.cut_ids if batch.is_pseudo.any() else []):
+            length = int(batch.teacher_out_lens[n])
+            assert length == (encoder_lens(int(batch.feature_lens[n])) if batch.is_pseudo[n] else 0)
+            assert (batch.teacher_out[n, :length] == numbers.get(cut_id, -1)).all()
+            seen += int(batch.is_pseudo[n])
+    assert seen == 10
+    expected = list(data.train_batches(3))
+    again = build(pseudo_labels=folder, soft_targets=True, num_workers=2)
+    assert_same(list(again.train_batches(3, 2)), expected[2:])
+    (Path(folder) / "units" / "00000.soft").write_bytes(b"too short")
+    with pytest.raises(UserError, match=r"00000\.soft is missing or damaged"):
+        list(data.train_batches(1))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_the_share_of_pseudo_labelled_audio(build, label, share):
+    folder, numbers = label()
+    data = build(pseudo_labels=folder, pseudo_share=share)
+    counts, seconds = collections.Counter(), {True: 0.0, False: 0.0}
+    for epoch in range(1, 4):
+        ids = []
+        for batch in data.train_batches(epoch):
+            ids += batch.cut_ids
+            for length, is_pseudo in zip(batch.feature_lens.tolist(), batch.is_pseudo.tolist()):
+                seconds[is_pseudo] += 0.01 * length
+        labelled = [i for i in ids if i not in numbers]
+        assert len(labelled) == len(set(labelled)) == 48
+        counts.update(i for i in ids if i in numbers)
+    assert seconds[True] / sum(seconds.values()) == pytest.approx(share, abs=0.03)
+    # Over epochs, none comes again before all have come.
+    assert max(counts.values()) - min(counts[i] for i in numbers) <= 1
+    # Whoever begins in the middle gets the same.
+    expected = list(data.train_batches(3))
+    resumed = build(pseudo_labels=folder, pseudo_share=share)
+    assert_same(list(resumed.train_batches(3, 4)), expected[4:])
+
+
+def test_ranks_share_the_pseudo_labelled_audio_of_an_epoch(build, label):
+    settings = dict(pseudo_labels=label()[0], pseudo_share=0.3)
+    alone = collections.Counter(ids_of(build(**settings).train_batches(2)))
+    shares = [list(build(world_size=2, rank=rank, **settings).train_batches(2)) for rank in (0, 1)]
+    assert len(shares[0]) == len(shares[1])
+    both = collections.Counter(i.partition("_dup")[0] for share in shares for i in ids_of(share))
+    assert not alone - both and sum((both - alone).values()) <= 1
+
+
+def test_pieces_of_epochs_are_cut_from_one_row(prepared):
+    cuts = load_cuts(prepared.fbank, "train")
+    for wanted_s in (0.001, 7.0, 100.0, 1000.0):
+        pieces = [piece_of_epoch(cuts, wanted_s, epoch, seed=5) for epoch in range(1, 7)]
+        row = [cut for piece in pieces for cut in piece]
+        for i in range(0, len(row), 48):  # each stretch of the row is a permutation
+            stretch = {cut.id for cut in row[i : i + 48]}
+            assert len(stretch) == len(row[i : i + 48])
+        total = 0.0
+        for piece in pieces:
+            total += sum(cut.duration for cut in piece)
+        assert total == pytest.approx(6 * wanted_s, abs=3.0)
+    orders = [[cut.id for cut in row[i : i + 48]] for i in (0, 48)]
+    assert orders[0] != orders[1]
+    assert piece_of_epoch(cuts, 50.0, 1, seed=6) != piece_of_epoch(cuts, 50.0, 1, seed=5)
+
+
+def test_pseudo_labelled_audio_keeps_its_speed(build, label):
+    folder, numbers = label()
+    ids = ids_of(build(pseudo_labels=folder, on_the_fly_feats=True, speed_perturb=True).train_batches(1))
+    assert len(ids) == 3 * 48 + 10 and set(numbers) < set(ids)
+
+
+def test_labels_of_which_none_can_be_used_are_refused(build, label):
+    folder, _ = label(text="")
+    with pytest.raises(UserError, match="data.pseudo_labels=.* has no usable cut"):
+        next(build(pseudo_labels=folder).train_batches(1))
 
 
 FAILING_LOADER = """

@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 from lhotse.cut import Cut
 from lhotse.dataset import DynamicBucketingSampler
@@ -24,10 +25,12 @@ from transducer_kd.data.batch import Batch
 from transducer_kd.data.dataset import CutDataset, NoiseMixer, batches_by_duration, cut_frames, cut_text
 from transducer_kd.data.features import SAMPLING_RATE, FeatureExtractor
 from transducer_kd.data.manifests import read_manifest
+from transducer_kd.data.pseudo_labels import load_pseudo_labels, read_soft_targets
 from transducer_kd.data.tokenizer import UNK_ID, Tokenizer
 from transducer_kd.log import UserError
 
 SPEED_FACTORS = (0.9, 1.1)
+PSEUDO_LABELS = "pseudo-labels"  # what the log and `dropped` call the part of data.pseudo_labels
 _BUFFER_CUTS = 20000  # cuts among which the sampler chooses; the whole of most corpora
 _UNK_WARNING_SHARE = 0.01
 
@@ -38,6 +41,9 @@ class DataModule:
     encoder_lens: T -> T', the encoder's exact length formula. Training and validation cuts with T' < U have
     no transducer loss and are dropped; so are cuts outside [min_cut_s, max_cut_s] (training only) and those
     without text. `dropped` maps part -> reason -> cut ids; the log has the counts and the first ids.
+    soft_targets: batches bring the encoder output that was stored with the pseudo-labels. It belongs to the
+    audio as it is, so that of pseudo-labelled cuts no speed-perturbed copies are made; nor are they where
+    none is read, because training on soft and on hard targets is to be training on the same audio.
     """
 
     def __init__(
@@ -47,11 +53,13 @@ class DataModule:
         encoder_lens: Callable[[int], int],
         world_size: int = 1,
         rank: int = 0,
+        soft_targets: bool = False,
     ):
         self.cfg, self.tokenizer, self.encoder_lens = cfg, tokenizer, encoder_lens
-        self.world_size, self.rank = world_size, rank
+        self.world_size, self.rank, self.soft_targets = world_size, rank, soft_targets
         self.dropped: Dict[str, Dict[str, List[str]]] = {}
         self._train_cuts: Optional[List[Cut]] = None
+        self._pseudo_cuts: List[Cut] = []
         self._valid_cuts: Optional[List[Cut]] = None
         self._bins: List[float] = []
         if cfg.musan_cuts and not cfg.on_the_fly_feats:
@@ -64,15 +72,20 @@ class DataModule:
     def train_batches(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """This rank's batches of `epoch` from number `start_batch` on; every rank gets equally many.
 
-        An epoch holds every usable cut; with several ranks a few of its last ones may come twice, so that no
-        rank runs dry. Raises UserError when a cut cannot be read.
+        An epoch holds every usable cut, of the pseudo-labelled ones what data.pseudo_share asks for; with
+        several ranks a few of its last ones may come twice, so that no rank runs dry. Raises UserError when a
+        cut cannot be read.
         """
         if self.cfg.musan_cuts and self._mixer is None:
             self._mixer = self._build_mixer()
         drawn = enumerate(self._draw(epoch))
         rank_text = f"/{self.rank}" if self.world_size > 1 else ""
         dataset = CutDataset(
-            self.tokenizer, self._extractor, self._mixer, f"{self.cfg.seed}/{epoch}{rank_text}"
+            self.tokenizer,
+            self._extractor,
+            self._mixer,
+            f"{self.cfg.seed}/{epoch}{rank_text}",
+            self._read_soft if self.soft_targets else None,
         )
         yield from _load(dataset, itertools.islice(drawn, start_batch, None), self.cfg.num_workers)
 
@@ -105,14 +118,15 @@ class DataModule:
         """The cuts of this rank's batches, in order."""
         if self._train_cuts is None:
             self._train_cuts = self._load_train()
-            # A bucket should hold a few batches; else most of them are left half full at the end of an epoch.
-            fitting = sum(c.duration for c in self._train_cuts) / (
-                4 * self.cfg.max_duration_s * self.world_size
-            )
-            self._bins = duration_bins(self._train_cuts, min(self.cfg.num_buckets, int(fitting)))
-        if not self._train_cuts:
+            self._pseudo_cuts = self._load_pseudo() if self.cfg.pseudo_labels else []
+            # The same in every epoch. A bucket should hold a few batches; else most of them are left half
+            # full at the end of an epoch.
+            first = self._cuts_of_epoch(1)
+            fitting = sum(c.duration for c in first) / (4 * self.cfg.max_duration_s * self.world_size)
+            self._bins = duration_bins(first, min(self.cfg.num_buckets, int(fitting)))
+        cuts = self._cuts_of_epoch(epoch)
+        if not cuts:
             return
-        cuts = list(self._train_cuts)
         # The sampler only shuffles what fits into its buffer; this makes epochs of large corpora differ as
         # well.
         random.Random(f"{self.cfg.seed}/{epoch}").shuffle(cuts)
@@ -137,6 +151,14 @@ class DataModule:
         for cuts_of_batch in iterator:
             yield list(cuts_of_batch)
 
+    def _cuts_of_epoch(self, epoch: int) -> List[Cut]:
+        """All labelled cuts, and as much pseudo-labelled audio as makes data.pseudo_share of the whole."""
+        share = self.cfg.pseudo_share
+        if not share:
+            return self._train_cuts + self._pseudo_cuts
+        wanted_s = share / (1 - share) * sum(cut.duration for cut in self._train_cuts)
+        return self._train_cuts + piece_of_epoch(self._pseudo_cuts, wanted_s, epoch, self.cfg.seed)
+
     # ---------------------------------------------------------------- cuts
 
     def _load_train(self) -> List[Cut]:
@@ -148,13 +170,30 @@ class DataModule:
             kept += self._usable(part, cuts, self.cfg.min_cut_s, self.cfg.max_cut_s)
         return kept
 
+    def _load_pseudo(self) -> List[Cut]:
+        folder = self.cfg.pseudo_labels
+        cuts = self._checked(PSEUDO_LABELS, load_pseudo_labels(Path(folder), Path(self.cfg.fbank_dir)))
+        kept = self._usable(PSEUDO_LABELS, cuts, self.cfg.min_cut_s, self.cfg.max_cut_s)
+        if not kept:
+            raise UserError(
+                f"data.pseudo_labels={folder} has no usable cut (see the counts above); label more audio, or "
+                "filter less with local/pseudo_label.py --refilter"
+            )
+        return kept
+
+    def _read_soft(self, cut: Cut) -> np.ndarray:
+        """The teacher's encoder output (T',D) of a pseudo-labelled cut."""
+        return read_soft_targets(Path(self.cfg.pseudo_labels), cut.custom["soft"])
+
     def _speed_copies(self, part: str, cuts: Sequence[Cut]) -> List[Cut]:
         if self.cfg.on_the_fly_feats:
             return [cut.drop_features().perturb_speed(factor) for factor in SPEED_FACTORS for cut in cuts]
         return [cut for factor in SPEED_FACTORS for cut in self._load_part(f"{part}_sp{factor}")]
 
     def _load_part(self, part: str) -> List[Cut]:
-        cuts = load_cuts(Path(self.cfg.fbank_dir), part)
+        return self._checked(part, load_cuts(Path(self.cfg.fbank_dir), part))
+
+    def _checked(self, part: str, cuts: List[Cut]) -> List[Cut]:
         for cut in cuts:
             if len(cut.supervisions) != 1:
                 raise UserError(
@@ -242,6 +281,28 @@ def read_cuts(path: Path) -> List[Cut]:
             raise UserError(f"{path}: cut id {cut.id} appears twice; every utterance needs its own id")
         seen.add(cut.id)
     return cuts
+
+
+def piece_of_epoch(cuts: Sequence[Cut], wanted_s: float, epoch: int, seed: int) -> List[Cut]:
+    """About `wanted_s` seconds of `cuts` for `epoch`, which counts from 1.
+
+    The cuts are laid out in a row, shuffled, then all of them again in another order, and so on; epochs take
+    one piece of it after the other. So no cut comes again before all have come, and an epoch can be drawn
+    without those before it.
+    """
+    lengths = [round(1000 * cut.duration) for cut in cuts]  # whole milliseconds: sums are exact
+    cycle_ms = sum(lengths)
+    begin, end = (round(1000 * wanted_s) * n for n in (epoch - 1, epoch))
+    piece = []
+    for cycle in range(begin // cycle_ms, -(-end // cycle_ms)):
+        order = list(range(len(cuts)))
+        random.Random(f"{seed}/pseudo/{cycle}").shuffle(order)
+        position = cycle * cycle_ms
+        for i in order:
+            if begin <= position < end:
+                piece.append(cuts[i])
+            position += lengths[i]
+    return piece
 
 
 def duration_bins(cuts: Sequence[Cut], num_buckets: int) -> List[float]:
