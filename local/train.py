@@ -39,6 +39,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--device", default="auto", help="auto (the GPU where there is one), cpu, cuda or cuda:N"
     )
+    parser.add_argument(
+        "--reuse",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="DIR",
+        help="take over the training in this folder if it is this very phase, perhaps of another recipe; may "
+        "be repeated",
+    )
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help="require a checkpoint to go on from")
     group.add_argument("--restart", action="store_true", help="move an earlier run aside and begin anew")
@@ -53,7 +62,7 @@ def main() -> int:
     import torch
 
     from transducer_kd import build
-    from transducer_kd.train import checkpoint, ddp, experiment
+    from transducer_kd.train import checkpoint, ddp, experiment, reuse
     from transducer_kd.train.trainer import Trainer
 
     processes = ddp.setup(args.device)
@@ -72,6 +81,13 @@ def main() -> int:
             )
         tokenizer = build.build_tokenizer(config.data)
         objective, origins = build.build_objective(config, tokenizer)
+        if args.reuse:
+            ddp.barrier()  # all log files are open, and move with their folder
+            is_taken = processes.rank == 0 and reuse.take_over(
+                args.exp_dir, args.reuse, config, tokenizer.sha256, origins
+            )
+            if ddp.all_reduce_sum([float(is_taken)])[0]:
+                return 0
         model = objective.model
         if processes.rank == 0:
             total = sum(p.numel() for p in model.parameters())
@@ -82,7 +98,9 @@ def main() -> int:
             logging.info("%s/%s, loss on %s", config.recipe, config.phase, objective.backend)
             logging.info("parameters\n%s", model.parameter_table())
         ddp.barrier()
-        data = build.build_data(config.data, tokenizer, processes.world_size, processes.rank)
+        data = build.build_data(
+            config.data, tokenizer, processes.world_size, processes.rank, config.distill.stored
+        )
         validator = build.Validator(data, tokenizer, config.train.valid_wer_utterances, processes.device)
         trainer = Trainer(
             objective, config, args.exp_dir, processes.device, data.train_batches, validator, tokenizer.sha256

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transducer_kd import build
-from transducer_kd.config import load_config, to_dict
+from transducer_kd.config import TeacherConfig, load_config, to_dict
 from transducer_kd.data.batch import Batch
+from transducer_kd.data.pseudo_labels import read_json
 from transducer_kd.data.tokenizer import train_bpe
-from transducer_kd.log import UserError
+from transducer_kd.log import UserError, write_json
 from transducer_kd.objectives.distill import DistillObjective
 from transducer_kd.objectives.transducer import TransducerObjective
 from transducer_kd.objectives.two_pass import LasObjective, TwoPassObjective
@@ -147,6 +148,34 @@ def test_a_phase_that_has_a_las_hands_it_on(tokenizer, tmp_path):
     assert all(torch.equal(value, earlier[name]) for name, value in model.state_dict().items())
 
 
+def test_selected_weights_name_the_phase_that_they_are_from(tokenizer, tmp_path):
+    """A folder of local/compress.py: one checkpoint, without an optimizer, or progress."""
+    config = configure(tokenizer, "train.seed=7")
+    selected = build.build_model(config, tokenizer.vocab_size)
+    origin = {"path": "exp/teacher", "checkpoint": "epoch-9", "sha256": "c" * 64}
+    content = {
+        "model": selected.state_dict(),
+        "model_avg": ckpt.start_running_average(selected),
+        "config": to_dict(config),
+        "bpe_sha256": tokenizer.sha256,
+        "selected_from": origin,
+    }
+    ckpt.save_checkpoint(tmp_path / "epoch-1.pt", content)
+    started = configure(tokenizer, f"init.exp_dir={tmp_path}")
+    assert (started.init.epoch, started.init.avg, started.init.use_averaged_model) == (0, 1, True)
+    objective, origins = build.build_objective(started, tokenizer)
+    expected = selected.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in objective.model.state_dict().items())
+    assert origins["init"]["selected_from"] == origin and origins["init"]["path"] == str(tmp_path)
+
+
+def test_a_training_that_was_taken_over_bears_this_recipes_name(tokenizer, tmp_path):
+    save_phase(tmp_path, tokenizer)
+    assert build.load_model(tmp_path).config.recipe == "two_pass"
+    write_json(tmp_path / "config.json", to_dict(configure(tokenizer, "recipe=soft_hard")))
+    assert build.load_model(tmp_path).config.recipe == "soft_hard"
+
+
 @pytest.mark.parametrize(
     "there, here, named",
     [
@@ -250,6 +279,72 @@ def test_a_run_does_not_go_on_with_a_retrained_teacher(tokenizer, tmp_path):
     save_phase(tmp_path / "teacher", tokenizer, "train.seed=3")
     with pytest.raises(UserError, match="another configuration .weights of teacher: "):
         start()
+
+
+# ---------------------------------------------------------------- pseudo-labels
+
+SOFT = ["distill.utterances=pseudo", "distill.stored=true", "loss.pseudo_weight=0", "data.pseudo_share=0.5"]
+
+
+@pytest.fixture
+def label(tokenizer, tmp_path):
+    """Function: run.json and summary.json as local/pseudo_label.py leaves them, by a phase in `teacher`."""
+
+    def make(bpe_sha256=None, soft=None, seed=1):
+        save_phase(tmp_path / "teacher", tokenizer, f"train.seed={seed}")
+        teacher = TeacherConfig(kind="exp_dir", exp_dir=str(tmp_path / "teacher"))
+        _, origin = build.build_teacher(teacher, tokenizer)
+        folder = tmp_path / "labels"
+        write_json(folder / "run.json", {"bpe_sha256": bpe_sha256 or tokenizer.sha256})
+        write_json(folder / "summary.json", {"teacher": origin, "soft": soft, "sha256": "5e7" * 12})
+        return folder
+
+    return make
+
+
+def test_the_pseudo_labels_are_among_the_origins(tokenizer, label, tmp_path):
+    folder = label(soft={"dtype": "int8"})
+    expected = {"path": str(folder), "checkpoint": "epoch-1", "sha256": "5e7" * 12}
+    hard = configure(tokenizer, f"data.pseudo_labels={folder}", "loss.pseudo_weight=0.5")
+    assert build.build_objective(hard, tokenizer)[1] == {"labels": expected}
+    soft = distill_from(tokenizer, exp_dir=tmp_path / "teacher")
+    soft.data.pseudo_labels, soft.distill.stored, soft.distill.utterances = str(folder), True, "pseudo"
+    objective, origins = build.build_objective(soft, tokenizer)
+    assert type(objective) is DistillObjective and origins["labels"] == expected
+    assert build.build_data(soft.data, tokenizer, soft_targets=True).soft_targets
+
+
+@pytest.mark.parametrize("setting", SOFT)
+def test_what_needs_pseudo_labels_says_so(tokenizer, label, tmp_path, setting):
+    label()
+    teacher = ["teacher.kind=exp_dir", f"teacher.exp_dir={tmp_path / 'teacher'}", "distill.weight=1"]
+    stored = [SOFT[0]] if setting == SOFT[1] else []
+    config = configure(tokenizer, "objective=distill", *teacher, *stored, setting)
+    with pytest.raises(UserError, match=r"there are no pseudo-labels: pass --set data\.pseudo_labels="):
+        build.build_objective(config, tokenizer)
+
+
+def test_pseudo_labels_that_do_not_fit_are_refused(tokenizer, label, tmp_path):
+    def build_with(*settings):
+        teacher = ["teacher.kind=exp_dir", f"teacher.exp_dir={tmp_path / 'teacher'}", "distill.weight=1"]
+        given = [*teacher, f"data.pseudo_labels={tmp_path / 'labels'}", *settings]
+        build.build_objective(configure(tokenizer, "objective=distill", *given), tokenizer)
+
+    folder = label()
+    build_with()
+    with pytest.raises(UserError, match=r"has no stored teacher; label with .* --soft"):
+        build_with(*SOFT)
+    save_phase(tmp_path / "teacher", tokenizer, "train.seed=2")  # trained again since
+    build_with()
+    write_json(folder / "summary.json", {**read_json(folder / "summary.json"), "soft": {"dtype": "int8"}})
+    with pytest.raises(UserError, match="labels is by epoch-1 of .*teacher.*whose weights differ"):
+        build_with(*SOFT)
+    label(bpe_sha256="0" * 64)
+    with pytest.raises(UserError, match="labels was made with another BPE model"):
+        build_with()
+    (folder / "summary.json").unlink()
+    with pytest.raises(UserError, match="labels has no summary.json, so its labels are not finished"):
+        build_with()
 
 
 # ---------------------------------------------------------------- somebody else's teacher

@@ -4,12 +4,13 @@ import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
 from transducer_kd import config as cfg
 from transducer_kd.data.datamodule import DataModule
+from transducer_kd.data.pseudo_labels import read_json
 from transducer_kd.data.tokenizer import Tokenizer, check_same_tokens
 from transducer_kd.decode import wer
 from transducer_kd.decode.greedy import greedy_search
@@ -24,7 +25,7 @@ from transducer_kd.objectives.distill import DistillObjective
 from transducer_kd.objectives.transducer import TransducerObjective
 from transducer_kd.objectives.two_pass import LasObjective, TwoPassObjective
 from transducer_kd.train import checkpoint as ckpt
-from transducer_kd.train import faults
+from transducer_kd.train import experiment, faults
 from transducer_kd.train.trainer import Validation
 
 
@@ -46,11 +47,11 @@ def build_model(config: cfg.PhaseConfig, vocab_size: int) -> Transducer:
 
 def build_objective(
     config: cfg.PhaseConfig, tokenizer: Tokenizer
-) -> Tuple[Objective, Dict[str, Dict[str, str]]]:
-    """What the phase trains, and where its first weights and its teacher come from: {"init" | "teacher":
-    {"path", "checkpoint", "sha256"}}, of those that it has.
+) -> Tuple[Objective, Dict[str, Dict[str, Any]]]:
+    """What the phase trains, and where its first weights, its teacher and its pseudo-labels come from:
+    {"init" | "teacher" | "labels": {"path", "checkpoint", "sha256"}}, of those that it has.
 
-    UserError where the teacher or the first weights are missing or do not fit.
+    UserError where one of them is missing or does not fit.
     """
     model, origins = build_model(config, tokenizer.vocab_size), {}
     if config.objective in ("las", "two_pass"):
@@ -60,6 +61,10 @@ def build_objective(
     teacher = None
     if config.teacher.kind != "none":
         teacher, origins["teacher"] = build_teacher(config.teacher, tokenizer)
+    if config.data.pseudo_labels:
+        origins["labels"] = _check_labels(config, tokenizer, origins.get("teacher"))
+    else:
+        _check_no_labels(config)
     augment = SpecAugment(config.spec_augment)
     if config.objective == "las":
         return LasObjective(model, augment, config.two_pass, teacher), origins
@@ -100,12 +105,59 @@ def build_teacher(config: cfg.TeacherConfig, tokenizer: Tokenizer) -> Tuple[Froz
     return Frozen(model), _origin(path, checkpoint, model.state_dict())
 
 
+def _check_no_labels(config: cfg.PhaseConfig) -> None:
+    """UserError where something is to be done with pseudo-labels and there are none."""
+    asked = {
+        f"data.pseudo_share={config.data.pseudo_share}": config.data.pseudo_share > 0,
+        f"loss.pseudo_weight={config.loss.pseudo_weight}": config.loss.pseudo_weight != 1,
+        "distill.utterances=pseudo": config.distill.utterances == "pseudo",
+    }
+    settings = " and ".join(name for name, is_set in asked.items() if is_set)
+    if settings:
+        raise UserError(
+            f"{settings}, but there are no pseudo-labels: pass --set data.pseudo_labels=... (a folder of "
+            "local/pseudo_label.py)"
+        )
+
+
+def _check_labels(
+    config: cfg.PhaseConfig, tokenizer: Tokenizer, teacher: Optional[Dict[str, str]]
+) -> Dict[str, str]:
+    """Where the pseudo-labels come from; teacher: the phase's own origin of one. UserError unless they are
+    finished and fit."""
+    folder = Path(config.data.pseudo_labels)
+    if not (folder / "summary.json").is_file():
+        raise UserError(
+            f"data.pseudo_labels={folder} has no summary.json, so its labels are not finished; run "
+            "local/pseudo_label.py, with all of its shards"
+        )
+    run, summary = (read_json(folder / name) for name in ("run.json", "summary.json"))
+    if run["bpe_sha256"] != tokenizer.sha256:
+        raise UserError(
+            f"data.pseudo_labels={folder} was made with another BPE model than {tokenizer.path}; use the "
+            "lang_dir that its teacher was trained with, or label again"
+        )
+    if config.distill.stored and not summary["soft"]:
+        raise UserError(
+            f"distill.stored=true, but data.pseudo_labels={folder} has no stored teacher; label with "
+            "local/pseudo_label.py --soft int8, or set distill.stored=false"
+        )
+    by = summary["teacher"]
+    if config.distill.stored and by["sha256"] != teacher["sha256"]:
+        raise UserError(
+            f"distill.stored=true, but data.pseudo_labels={folder} is by {by['checkpoint']} of {by['path']} "
+            f"and the teacher is {teacher['checkpoint']} of {teacher['path']}, whose weights differ; use the "
+            "same, or set distill.stored=false to run the teacher"
+        )
+    return {"path": str(folder), "checkpoint": by["checkpoint"], "sha256": summary["sha256"]}
+
+
 def _require(value: str, key: str, what: str) -> None:
     if not value:
         raise UserError(f"{key} is not set; pass --set {key}=... ({what})")
 
 
-def _start_from(model: Transducer, init: cfg.InitConfig, tokenizer: Tokenizer) -> Dict[str, str]:
+def _start_from(model: Transducer, init: cfg.InitConfig, tokenizer: Tokenizer) -> Dict[str, Any]:
     """Load an earlier phase's weights into `model`; only a whole CTC head and a whole LAS may be new, or be
     left behind."""
     state, content, checkpoint = ckpt.select_weights(
@@ -131,7 +183,10 @@ def _start_from(model: Transducer, init: cfg.InitConfig, tokenizer: Tokenizer) -
     model.load_state_dict({**reference, **state})
     fresh = sorted({_part(k) for k in reference} - {_part(k) for k in state})
     logging.info("begun from %s of %s; fresh: %s", checkpoint, init.exp_dir, " ".join(fresh) or "nothing")
-    return _origin(init.exp_dir, checkpoint, state)
+    origin: Dict[str, Any] = _origin(init.exp_dir, checkpoint, state)
+    if "selected_from" in content:  # by local/compress.py: they are still those of another phase
+        origin["selected_from"] = content["selected_from"]
+    return origin
 
 
 def _part(key: str) -> str:
@@ -147,10 +202,15 @@ def _origin(path: str, checkpoint: str, state: Dict[str, torch.Tensor]) -> Dict[
 
 
 def build_data(
-    config: cfg.DataConfig, tokenizer: Tokenizer, world_size: int = 1, rank: int = 0
+    config: cfg.DataConfig,
+    tokenizer: Tokenizer,
+    world_size: int = 1,
+    rank: int = 0,
+    soft_targets: bool = False,
 ) -> DataModule:
-    """Batches of the phase; utterances the encoder makes shorter than their tokens are dropped there."""
-    return DataModule(config, tokenizer, encoder_lens=subsampled_lens, world_size=world_size, rank=rank)
+    """Batches of the phase; utterances the encoder makes shorter than their tokens are dropped there.
+    soft_targets: with the stored teacher of pseudo-labelled ones (distill.stored)."""
+    return DataModule(config, tokenizer, subsampled_lens, world_size, rank, soft_targets)
 
 
 def build_tokenizer(config: cfg.DataConfig) -> Tokenizer:
@@ -216,6 +276,9 @@ def load_model(
         raise UserError(f"there is no experiment folder {exp_dir}; train the phase first (run.sh)")
     state, content, name = ckpt.select_weights(exp_dir, epoch, avg, use_averaged_model)
     config = cfg.from_dict(content["config"], str(exp_dir))
+    written = exp_dir / "config.json"
+    if written.is_file():  # of a training that was taken over, the checkpoints name the recipe that ran it
+        config.recipe = experiment.read_json(written).get("recipe", config.recipe)
     config.data.lang_dir = lang_dir or config.data.lang_dir
     tokenizer = build_tokenizer(config.data)
     _check_bpe(exp_dir, content, tokenizer)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 
@@ -25,8 +25,9 @@ _MAY_CHANGE = {
     "train.log_every", "train.valid_every", "train.valid_wer_utterances", "train.save_every",
     "train.keep_last", "train.keep_epochs", "train.num_threads", "train.max_nonfinite", "data.num_workers",
     "data.fbank_dir", "data.lang_dir",
-    # Whose weights these are is known by their hash.
-    "init.exp_dir", "teacher.exp_dir", "teacher.torchscript", "teacher.tokens",
+    # Whose weights and labels these are is known by their hash.
+    "init.exp_dir", "teacher.exp_dir", "teacher.torchscript", "teacher.tokens", "data.pseudo_labels",
+    "compare_with",
 }  # fmt: skip
 
 
@@ -51,21 +52,13 @@ def prepare_exp_dir(
     Raises UserError that lists what differs, or when the disk cannot hold the checkpoints to come.
     """
     exp_dir = Path(exp_dir)
-    path = exp_dir / "config.json"
-    new = to_dict(config)
-    if path.exists() and (any(exp_dir.glob("epoch-*.pt")) or any(exp_dir.glob("checkpoint-*.pt"))):
-        # Through the dataclasses: a setting that did not exist then had what is its default now.
-        a, b = _flat(to_dict(from_dict(_read_json(path), str(path)))), _flat(new)
-        meta = exp_dir / "meta.json"
-        if meta.exists():
-            a.update(_hashes(_read_json(meta).get("origins")))
-            b.update(_hashes(origins))
-        differing = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and k not in _MAY_CHANGE]
+    if (exp_dir / "config.json").exists() and has_checkpoints(exp_dir):
+        differing = differences(exp_dir, config, origins)
         if differing:
-            shown = ", ".join(f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in differing)
             raise UserError(
-                f"{exp_dir} holds a run with another configuration ({shown}); resume with the same one, use "
-                "another --exp-dir, or start again with --restart (run.sh: --force), the old run is kept"
+                f"{exp_dir} holds a run with another configuration ({', '.join(differing)}); resume with the "
+                "same one, use another --exp-dir, or start again with --restart (run.sh: --force), the old "
+                "run is kept"
             )
     # Weights and Adam's two moments in float32, the running average in float64: 20 bytes a parameter.
     num_files = config.train.keep_last + config.train.keep_epochs + 2
@@ -73,10 +66,29 @@ def prepare_exp_dir(
     missing = max(1, num_files - len(list(exp_dir.glob("*.pt"))))
     check_disk_space(exp_dir, 20.0 * num_parameters * missing, f"training with {num_files} checkpoints")
     exp_dir.mkdir(parents=True, exist_ok=True)
-    write_json(path, new)
+    write_json(exp_dir / "config.json", to_dict(config))
 
 
-def _read_json(path: Path) -> Any:
+def has_checkpoints(exp_dir: Path) -> bool:
+    """Whether `exp_dir` holds a training that can be resumed."""
+    return any(any(exp_dir.glob(f"{name}-*.pt")) for name in ("epoch", "checkpoint"))
+
+
+def differences(exp_dir: Path, config: PhaseConfig, origins: Optional[Dict[str, Any]]) -> List[str]:
+    """What the run in `exp_dir` was made with and `config` and `origins` say otherwise, as "key: old -> new";
+    without the settings that may change."""
+    path, meta = exp_dir / "config.json", exp_dir / "meta.json"
+    # Through the dataclasses: a setting that did not exist then had what is its default now.
+    a, b = _flat(to_dict(from_dict(read_json(path), str(path)))), _flat(to_dict(config))
+    if meta.exists():
+        a.update(_hashes(read_json(meta).get("origins")))
+        b.update(_hashes(origins))
+    keys = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and k not in _MAY_CHANGE]
+    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in keys]
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of an experiment folder. UserError where it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError:
@@ -84,7 +96,10 @@ def _read_json(path: Path) -> Any:
 
 
 def _hashes(origins: Optional[Dict[str, Any]]) -> Dict[str, str]:
-    return {f"weights of {name}": origin["sha256"][:12] for name, origin in (origins or {}).items()}
+    return {
+        "pseudo-labels" if name == "labels" else f"weights of {name}": origin["sha256"][:12]
+        for name, origin in (origins or {}).items()
+    }
 
 
 def _flat(tree: Dict[str, Any], prefix: str = "") -> Dict[str, Any]:
@@ -98,7 +113,10 @@ def _flat(tree: Dict[str, Any], prefix: str = "") -> Dict[str, Any]:
 
 
 def write_meta(exp_dir: Path, extra: Dict[str, Any]) -> None:
-    """Write meta.json: where these weights come from."""
+    """Write meta.json: where these weights come from. Where they were taken over from is not forgotten."""
+    path = Path(exp_dir) / "meta.json"
+    earlier = read_json(path) if path.exists() else {}
+    kept = {key: earlier[key] for key in ("reused_from",) if key in earlier}
     meta = {
         "commit": git_commit(),
         "command": " ".join(sys.argv),
@@ -108,7 +126,7 @@ def write_meta(exp_dir: Path, extra: Dict[str, Any]) -> None:
         "machine": platform.machine(),
         "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
     }
-    write_json(Path(exp_dir) / "meta.json", {**meta, **extra})
+    write_json(path, {**meta, **extra, **kept})
 
 
 def _version(name: str) -> Optional[str]:
