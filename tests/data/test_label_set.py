@@ -5,6 +5,8 @@ import json
 import math
 import random
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -291,6 +293,20 @@ def test_a_merge_that_is_killed_is_not_taken_for_finished(labelled, monkeypatch,
     assert finish_set(labelled) == first and content(labelled) == before
     names = sorted(p.name for p in (labelled / "labels").iterdir())
     assert names == [".lock", "cuts.jsonl.gz", "dropped.jsonl", "run.json", "summary.json", "units"]
+
+
+def test_of_processes_that_end_together_one_makes_the_set(labelled, monkeypatch):
+    made, save = [], label_set.save_manifest
+
+    def slow(items, path):
+        made.append(path)
+        time.sleep(0.1)
+        save(items, path)
+
+    monkeypatch.setattr(label_set, "save_manifest", slow)
+    with ThreadPoolExecutor(3) as pool:
+        futures = [pool.submit(finish_set, labelled, command=str(i)) for i in range(3)]
+    assert len(made) == 1 and len({json.dumps(future.result()) for future in futures}) == 1
 
 
 def test_filters_that_keep_nothing_leave_no_set(labelled):
