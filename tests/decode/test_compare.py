@@ -10,9 +10,9 @@ NBEST, RESCORED = "fast_beam_search_nbest", "fast_beam_search_nbest_las_rescore"
 BEAM, BEAM_RESCORED = "modified_beam_search", "modified_beam_search_las_rescore"
 
 
-def phase(name, role, teacher=None, size=1000, control_of=None):
+def phase(name, role, teacher=None, size=1000, control_of=None, compare_with=()):
     made = {"name": name, "role": role, "teacher": teacher, "params_deployed": size, "control_of": control_of}
-    return {**made, "is_stale": False, "is_unlike": False}
+    return {**made, "compare_with": list(compare_with), "is_stale": False, "is_unlike": False}
 
 
 TEACHER = phase("teacher", "teacher", size=3000)
@@ -75,6 +75,46 @@ def test_only_the_same_mode_and_test_set_are_compared():
     assert [(a["mode"], a["test_set"], b["mode"], b["test_set"]) for _, a, b in made] == [
         ("offline", "test-clean", "offline", "test-clean")
     ]
+
+
+def test_modes_differ_only_where_the_two_have_none_in_common():
+    """An offline teacher of a streaming student; a named phase that was decoded in both modes, and one that
+    was decoded in another one on one test set alone."""
+    student = phase("student", "distilled", "teacher", compare_with=["both", "elsewhere"])
+    phases = [TEACHER, phase("both", "control"), phase("elsewhere", "control"), student]
+    decoded = records("teacher", ["greedy_search", NBEST]) + records("student", [NBEST], mode="streaming")
+    decoded += records("both", [NBEST]) + records("both", [NBEST], mode="streaming")
+    decoded += records("elsewhere", [NBEST], "test-other") + records("elsewhere", ["beam"])
+    made = [
+        (kind, a["phase"], a["mode"], b["mode"])
+        for kind, a, b in pairs(phases, decoded)
+        if b["phase"] == "student"
+    ]
+    assert made == [
+        ("teacher", "teacher", "offline", "streaming"),
+        ("named", "both", "streaming", "streaming"),
+    ]
+
+
+def test_named_phases_are_compared_once_and_only_those_that_are_there_and_not_stale():
+    step3 = phase(
+        "step3", "distilled", "teacher", compare_with=["scratch", "teacher", "gone", "old", "step3"]
+    )
+    step3_control = phase("step3_control", "control", "teacher", control_of="step3")
+    step3["compare_with"].append("step3_control")
+    old = {**phase("old", "distilled"), "is_stale": True}
+    scratch = phase("scratch", "control")
+    phases = [TEACHER, step3, step3_control, scratch, old]
+    made = found(phases, *(records(p["name"], ["greedy_search", BEAM]) for p in phases))
+    methods = (BEAM, "greedy_search")
+    assert [pair[:2] + pair[3:4] for pair in made if pair[2] == BEAM] == [
+        ("teacher", "teacher", "step3"),
+        ("teacher", "teacher", "step3_control"),
+        ("teacher", "teacher", "scratch"),
+        ("control", "step3_control", "step3"),
+        ("named", "scratch", "step3"),
+    ]
+    assert [pair[2] for pair in made if pair[0] == "named"] == list(methods)
 
 
 def test_phases_without_a_role_or_a_partner_are_not_compared():
@@ -144,7 +184,7 @@ def test_numbers_are_those_of_the_paired_bootstrap(exp):
     expected = wer.compare(a, b)
     assert missing == [] and len(made) == 1
     assert made[0] == {
-        "kind": "teacher", "mode": "offline", "test_set": "test-clean",
+        "kind": "teacher", "test_set": "test-clean", "mode_a": "offline", "mode_b": "offline",
         "phase_a": "teacher", "method_a": "greedy_search", "wer_a": pytest.approx(100 * 39 / 400),
         "phase_b": "student", "method_b": "greedy_search", "wer_b": pytest.approx(100 * 63 / 400),
         "difference": pytest.approx(100 * 24 / 400), "relative": pytest.approx(100 * 24 / 39),

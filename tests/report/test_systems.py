@@ -50,8 +50,9 @@ def root(tmp_path):
 
 def compared(kind="control", difference=-1.0, p_value=0.01, **changes):
     made = {
-        "kind": kind, "mode": "offline", "test_set": "test-clean", "phase_a": "student_control",
-        "method_a": RESCORED, "wer_a": 10.0, "phase_b": "student", "method_b": RESCORED, "wer_b": 9.0,
+        "kind": kind, "mode_a": "offline", "mode_b": "offline", "test_set": "test-clean",
+        "phase_a": "student_control", "method_a": RESCORED, "wer_a": 10.0,
+        "phase_b": "student", "method_b": RESCORED, "wer_b": 9.0,
         "difference": difference, "low": -1.5, "high": -0.5, "relative": 10 * difference, "p_value": p_value,
     }  # fmt: skip
     return {**made, **changes}
@@ -178,7 +179,7 @@ def test_comparisons_by_kind_and_the_best_method_alone(root):
         compared(test_set="test-other", difference=0.5, p_value=0.6, low=-0.25, high=1.25),
         compared(method_a=NBEST, method_b=NBEST, relative=None),
         compared("first pass", phase_a="student", method_a=NBEST),
-        compared("teacher", phase_a="teacher_las", mode="streaming"),
+        compared("teacher", phase_a="teacher_las", mode_a="streaming", mode_b="streaming"),
     ]
     teacher, control, passes = systems.comparison_tables(report)
     assert control["rows"][0][3:6] == [
@@ -199,6 +200,10 @@ def test_comparisons_by_kind_and_the_best_method_alone(root):
     assert passes["rows"][1][:3] == ["student", "its first pass", "rescored"]
     assert teacher["rows"][1][:3] == ["student", "teacher_las", "rescored, streaming"]
     assert systems.comparison_notes(report) == [systems.COMPARISON_NOTE, systems.CONTROL_NOTE]
+    report["comparisons"][-1]["mode_a"] = "offline"
+    assert systems.comparison_tables(report)[0]["rows"][1][2] == "rescored, streaming against offline"
+    assert systems.MODES_NOTE in systems.comparison_notes(report)
+    report["comparisons"][-1]["mode_a"] = "streaming"
     report["comparisons"] += [compared(phase_a="student_nokd")]
     assert systems.comparison_notes(report)[2:] == [systems.NOKD_NOTE]
     del report["comparisons"][-1]

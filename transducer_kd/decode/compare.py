@@ -1,12 +1,15 @@
 """Which pairs of decodings of an experiment say something, and their paired bootstrap.
 
-Compared are, on the same test set in the same mode,
+Compared are, on the same test set,
 
-    "teacher"      a distilled phase or a control with its teacher
+    "teacher"      a distilled phase or a control with the first teacher of those that led to it
     "control"      a distilled phase with each of its controls
+    "named"        a phase with each of those that its configuration says to compare it with
     "first pass"   the rescored n-best lists with the first pass that made them
 
-B is compared with A: a negative difference means that B, the phase or pass in question, makes fewer errors.
+in the same mode; or where the two have none in common, as a streaming student of an offline teacher, each in
+its own. B is compared with A: a negative difference means that B, the phase or pass in question, makes fewer
+errors.
 """
 
 import ast
@@ -18,8 +21,9 @@ from transducer_kd.log import UserError
 
 Record = Dict[str, Any]
 Pair = Tuple[str, Record, Record]  # kind, A, B
+Decoded = Dict[Tuple[str, str, str], Dict[str, Record]]  # (phase, mode, test set) -> {method: record}
 
-KINDS = ("teacher", "control", "first pass")
+KINDS = ("teacher", "control", "named", "first pass")
 
 _RESCORED = "_las_rescore"
 _FIRST = ("fast_beam_search_nbest", "modified_beam_search")  # what a second pass can rescore
@@ -32,14 +36,14 @@ def comparisons(
 ) -> Tuple[List[Dict[str, Any]], List[str]]:
     """What could be compared, and sentences on what could not and why.
 
-    exp_dir: holds the phases' folders. phases: dicts with name, role, teacher, control_of, params_deployed,
-    is_stale and is_unlike, as report/phases.py and report/checks.py explain them: stale ones are compared
-    with nothing, a control that is unlike its phase not with that. records: the phases' decodings, `phase`
-    being the folder's name.
+    exp_dir: holds the phases' folders. phases: dicts with name, role, teacher, control_of, compare_with,
+    params_deployed, is_stale and is_unlike, as report/phases.py and report/checks.py explain them: stale ones
+    are compared with nothing, a control that is unlike its phase not with that. records: the phases'
+    decodings, `phase` being the folder's name.
 
-    A comparison has kind, mode, test_set; phase_a, method_a, wer_a and phase_b, method_b, wer_b; difference
-    (WER of B minus WER of A) with its 95 % interval low and high; relative (per cent of A's WER, None where
-    that is 0) and p_value. Rates are in per cent.
+    A comparison has kind, test_set; phase_a, mode_a, method_a, wer_a and phase_b, mode_b, method_b, wer_b;
+    difference (WER of B minus WER of A) with its 95 % interval low and high; relative (per cent of A's WER,
+    None where that is 0) and p_value. Rates are in per cent.
     """
     found, missing = [], []
     known: Dict[Tuple[str, str], Union[List[wer.Utterance], UserError]] = {}
@@ -53,20 +57,26 @@ def comparisons(
 
 def pairs(phases: Sequence[Dict[str, Any]], records: Sequence[Record]) -> List[Pair]:
     """(kind, A, B), of one kind after the other, each in the order of `phases` and `records`."""
-    decoded: Dict[Tuple[str, str, str], Dict[str, Record]] = {}
+    decoded: Decoded = {}
     for r in records:
         decoded.setdefault((r["phase"], r["mode"], r["test_set"]), {})[r["method"]] = r
     found = []
     phases = [p for p in phases if not p["is_stale"]]
     for phase in phases:
+        known = {p["name"] for p in phases} - {phase["name"]}
         controls = [p for p in phases if p["control_of"] == phase["name"] and not p["is_unlike"]]
         others = [("teacher", _teachers(phase, phases)), *(("control", [p["name"]]) for p in controls)]
+        others += [("named", [name]) for name in phase["compare_with"] if name in known]
         for (name, mode, test_set), own in decoded.items():
             if name != phase["name"]:
                 continue
+            compared: List[Tuple[Record, Record]] = []
             for kind, names in others:
-                theirs = [decoded.get((other, mode, test_set), {}) for other in names]
-                found += [(kind, a, b) for a, b in _shared(theirs, own)]
+                theirs = [_partner(decoded, phase["name"], other, mode, test_set) for other in names]
+                # A teacher or control that is named as well is compared once.
+                new = [pair for pair in _shared(theirs, own) if pair not in compared]
+                compared += new
+                found += [(kind, a, b) for a, b in new]
             for method in _FIRST:
                 if method in own and method + _RESCORED in own:
                     found.append(("first pass", own[method], own[method + _RESCORED]))
@@ -102,6 +112,14 @@ def _teachers(phase: Dict[str, Any], phases: Sequence[Dict[str, Any]]) -> List[s
     taught = sorted((p for p in phases if p["role"] == "teacher"), key=lambda p: -(p["params_deployed"] or 0))
     known = {p["name"] for p in phases}
     return [name for name in (phase["teacher"], *(p["name"] for p in taught)) if name in known]
+
+
+def _partner(decoded: Decoded, own: str, other: str, mode: str, test_set: str) -> Dict[str, Record]:
+    """{method: record} of `other` in `mode`, or where `own` and `other` have no mode in common in its own."""
+    modes, theirs = ([m for n, m, s in decoded if (n, s) == (name, test_set)] for name in (own, other))
+    if theirs and not set(modes) & set(theirs):
+        mode = theirs[0]
+    return decoded.get((other, mode, test_set), {})
 
 
 def _shared(theirs: Sequence[Dict[str, Record]], own: Dict[str, Record]) -> Iterator[Tuple[Record, Record]]:
@@ -145,10 +163,9 @@ def _compared(
         raise UserError(f"{' and '.join(names)} on {b['test_set']}: {e}; decode both again") from None
     return {
         "kind": kind,
-        "mode": b["mode"],
         "test_set": b["test_set"],
-        **{f"{key}_a": a[key] for key in ("phase", "method", "wer")},
-        **{f"{key}_b": b[key] for key in ("phase", "method", "wer")},
+        **{f"{key}_a": a[key] for key in ("phase", "mode", "method", "wer")},
+        **{f"{key}_b": b[key] for key in ("phase", "mode", "method", "wer")},
         "difference": result.difference,
         "low": result.low,
         "high": result.high,

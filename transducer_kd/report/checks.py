@@ -1,10 +1,10 @@
 """Which phases of an experiment may be compared: what was trained again, and controls that are none."""
 
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 from transducer_kd import config as cfg
 from transducer_kd.log import UserError
-from transducer_kd.report.phases import CONTROL, Phase, teacher_kind, walk_back
+from transducer_kd.report.phases import CONTROL, Phase, parents, recorded, teacher_kind, walk_back
 
 # A control shares all of these with its phase, but for the settings of distillation and of where data are.
 _SECTIONS = ("model", "loss", "two_pass", "spec_augment", "data", "optim")
@@ -18,16 +18,20 @@ _MAY_DIFFER = {
 }
 
 
-def mark_stale(phases: List[Phase], stages: List[Dict[str, Any]]) -> List[str]:
+def mark_stale(
+    phases: List[Phase], stages: List[Dict[str, Any]], label_sets: Sequence[Dict[str, Any]] = ()
+) -> List[str]:
     """Give each phase `is_stale`: what it came from is no longer what is there. A sentence for each.
 
     phases: as phases.arrange returns them, with `ended`, when run.sh's training ended (None: not, or not by
-    run.sh). stages: the steps that ran, to name the one that trains the phase.
+    run.sh). stages: the steps that ran, to name the one that trains the phase. label_sets: dicts with name
+    and summary.
     """
+    labelled = {made["name"]: (made["summary"] or {}).get("sha256") for made in label_sets}
     by_name = {p["name"]: p for p in phases}
     told = []
     for p in phases:
-        why = _why_stale(p["name"], by_name)
+        why = _why_stale(p["name"], by_name, labelled)
         p["is_stale"] = why is not None
         if why:
             stage = next((s["stage"] for s in stages if s["name"] == p["name"]), None)
@@ -55,10 +59,26 @@ def mark_unlike(phases: List[Phase]) -> List[str]:
     return told
 
 
-def _why_stale(name: str, phases: Dict[str, Phase], above: frozenset = frozenset()) -> Optional[str]:
+def not_there(phases: List[Phase]) -> List[str]:
+    """A sentence for each phase that another one is to be compared with and that is not there."""
+    names = {p["name"] for p in phases}
+    return [
+        f"phase {p['name']} is to be compared with {name}, which has not been trained"
+        for p in phases
+        for name in p["compare_with"]
+        if name not in names
+    ]
+
+
+def _why_stale(
+    name: str, phases: Dict[str, Phase], labelled: Dict[str, Any], above: frozenset = frozenset()
+) -> Optional[str]:
     own = phases[name]
-    for parent in (own["begins_with"], own["learns_from"]):
-        if parent is None or parent in above:
+    learnt = recorded(own, "labels").get("sha256")
+    if None not in (learnt, labelled.get(own["label_set"])) and learnt != labelled[own["label_set"]]:
+        return "its pseudo-labels were made again and are others now"
+    for parent in parents(own):
+        if parent in above:
             continue
         ended = phases[parent]["ended"]
         if own["ended"] is not None and ended is None:
@@ -66,7 +86,7 @@ def _why_stale(name: str, phases: Dict[str, Phase], above: frozenset = frozenset
         if own["ended"] is not None and ended > own["ended"]:
             return f"{parent} was trained again after it"
         # What an earlier ancestor makes stale is handed down.
-        if _why_stale(parent, phases, above | {name}):
+        if _why_stale(parent, phases, labelled, above | {name}):
             return f"{parent} is stale"
     return None
 
@@ -76,7 +96,7 @@ def _differences(phase: Phase, control: Phase, by_name: Dict[str, Phase]) -> Lis
     chains = [list(walk_back(p["name"], init)) for p in (phase, control)]
     found = []
     for names in zip(*chains):
-        keys = _differing(*(by_name[name] for name in names)) if len(set(names)) > 1 else []
+        keys = differing(*(by_name[name] for name in names)) if len(set(names)) > 1 else []
         found += [f"{', '.join(keys)} of {' and '.join(names)} differ"] if keys else []
     repeats_all = control["name"].endswith(CONTROL)
     if len(chains[0]) != len(chains[1]) or not (repeats_all or chains[0][1:] == chains[1][1:]):
@@ -86,7 +106,7 @@ def _differences(phase: Phase, control: Phase, by_name: Dict[str, Phase]) -> Lis
     return found
 
 
-def _differing(a: Phase, b: Phase) -> List[str]:
+def differing(a: Phase, b: Phase) -> List[str]:
     """The settings that are not the same, among those that a control shares with its phase."""
     if not (a["config"] and b["config"]):
         return ["config.json"]
@@ -103,12 +123,12 @@ def _settings(phase: Phase) -> Dict[str, Any]:
     config = cfg.to_dict(cfg.from_dict(phase["config"], f"{phase['name']}/config.json"))
     kept = {name: config[name] for name in _SECTIONS}
     kept["train"] = {name: config["train"][name] for name in _OF_TRAIN}
-    flat = _flat(kept)
-    return {key: value for key, value in flat.items() if key not in _MAY_DIFFER}
+    return {key: value for key, value in flat(kept).items() if key not in _MAY_DIFFER}
 
 
-def _flat(tree: Dict[str, Any], prefix: str = "") -> Dict[str, Any]:
+def flat(tree: Dict[str, Any], prefix: str = "") -> Dict[str, Any]:
+    """{"a.b": value} of nested dicts."""
     found: Dict[str, Any] = {}
     for key, value in tree.items():
-        found.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
     return found

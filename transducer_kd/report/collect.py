@@ -7,13 +7,18 @@
                                          /meta.json          commit, command, versions, parameter counts,
                                                              where first weights and teacher are from
                                          /.done              last line "ended <unix time>", from run.sh
+                                         /delay.json         emission delay, from local/emission_delay.py
+    <recipe>/exp/<corpus>-<scale>/labels/<phase>/summary.json   pseudo-labels, from local/pseudo_label.py
+    <recipe>/exp/<corpus>-<scale>/init/                         first weights of phases
 
 The result is one plain dict, which is also what report.json holds:
 
     {"recipe", "corpus", "scale", "is_synthetic",
      "phases":  [{"name", "params_deployed", "config", "meta", "ended", "training": {...} or None,
-                  and what phases.arrange and checks add: "role", "teacher", "control_of", "has_las", "what",
-                  "begins_with", "learns_from", "is_stale", "is_unlike"}],
+                  "delay": {...} or None, and what phases.arrange and checks add: "role", "teacher",
+                  "control_of", "compare_with", "has_las", "what", "begins_with", "is_selected",
+                  "learns_from", "label_set", "labelled_by", "is_stale", "is_unlike"}],
+     "labels":  [{"name", "labelled_by", "summary": {...} or None}],
      "records": [record, ...],              every decoding of every phase, phases in the order above
      "comparisons": [],                     paired ones, put here by who can make them (decode/compare.py)
      "stages":  [{"stage", "name", "seconds"}],
@@ -60,6 +65,8 @@ RECORD_FIELDS: Dict[str, type] = {
 # May be missing, or null.
 OPTIONAL_FIELDS: Dict[str, type] = {"second_pass_s": float, "recogs": str}
 
+_NO_PHASES = ("init", "labels", "log")
+_OF_DELAY = ("mean_frames", "low", "high", "median_frames", "tokens", "utterances")
 _MAX_CURVE_POINTS = 400  # a figure shows no more, and report.html stays small
 
 
@@ -89,13 +96,16 @@ def collect(exp_dir: Path, corpus_json: Optional[Path] = None) -> Dict[str, Any]
             phase["params_deployed"] = max((r["params_deployed"] for r in own), default=None)
         phases.append(phase)
         records.extend({**record, "phase": folder.name} for record in own)
-    phases = arrange(phases, exp_dir)
+    labels = _read_label_sets(exp_dir / "labels", missing)
+    phases = arrange(phases, exp_dir, labels)
     order = [p["name"] for p in phases]
     records.sort(key=lambda r: order.index(r["phase"]))
     stages = _read_stages(exp_dir / "stages.jsonl", order)
     if not stages:
         missing.append("stage times (no stages.jsonl: the stages were not run by run.sh)")
-    missing += checks.mark_stale(phases, stages) + checks.mark_unlike(phases)
+    missing += (
+        checks.mark_stale(phases, stages, labels) + checks.mark_unlike(phases) + checks.not_there(phases)
+    )
     corpus, scale = _corpus_and_scale(exp_dir.name, phases, records)
     summary = _read_corpus(corpus_json, phases)
     is_synthetic = corpus.startswith("synthetic")
@@ -107,6 +117,7 @@ def collect(exp_dir: Path, corpus_json: Optional[Path] = None) -> Dict[str, Any]
         "scale": scale,
         "is_synthetic": is_synthetic,
         "phases": phases,
+        "labels": labels,
         "records": records,
         "comparisons": [],
         "stages": stages,
@@ -154,9 +165,13 @@ def machine() -> Dict[str, Any]:
     return {"cpu": cpu, "cores": cores, "memory_gb": memory_gb}
 
 
+def _is_aside(folder: Path) -> bool:
+    """Whether --restart (of run.sh: --force) moved it there, or it is only half made."""
+    return ".old-" in folder.name or folder.name.startswith(".")
+
+
 def _is_phase(folder: Path) -> bool:
-    # local/train.py --restart moves an earlier run to <phase>.old-<time>.
-    if not folder.is_dir() or ".old-" in folder.name:
+    if not folder.is_dir() or _is_aside(folder) or folder.name in _NO_PHASES:
         return False
     return (folder / "config.json").exists() or (folder / "metrics.json").exists()
 
@@ -183,11 +198,54 @@ def _read_phase(folder: Path, missing: List[str]) -> Dict[str, Any]:
     if isinstance(parameters, dict):
         found["params_deployed"] = parameters.get("deployed")
     found["ended"] = _ended(folder / ".done")
+    found["delay"] = _read_delay(folder / "delay.json")
     lines = read_jsonl(folder / "train_log.jsonl", ("kind", "step"))
     found["training"] = _training(lines)
     if not lines:
         missing.append(f"the training log of phase {folder.name} (no train_log.jsonl)")
     return found
+
+
+def _read_delay(path: Path) -> Optional[Dict[str, Any]]:
+    if not path.exists():
+        return None
+    delay = _read_json(path)
+    try:
+        _numbers(delay, "frame_ms")
+        for part in delay["parts"].values():
+            _numbers(part, *_OF_DELAY)
+        reference = delay["reference"]["phase"]
+        if not isinstance(reference, str) or not isinstance(delay["mode"], str):
+            raise TypeError
+    except (TypeError, KeyError, AttributeError):
+        raise UserError(f"{path}: not what local/emission_delay.py writes; run it again") from None
+    return delay
+
+
+def _read_label_sets(folder: Path, missing: List[str]) -> List[Dict[str, Any]]:
+    found = []
+    for place in sorted(folder.iterdir() if folder.is_dir() else []):
+        if not place.is_dir() or _is_aside(place):
+            continue
+        path = place / "summary.json"
+        summary = _read_json(path) if path.exists() else None
+        if summary is None:
+            missing.append(f"pseudo-labels of {place.name}, which are not finished (no summary.json)")
+        else:
+            try:
+                for count in (summary["kept"], *summary["dropped"].values()):
+                    _numbers(count, "cuts", "hours")
+            except (TypeError, KeyError, AttributeError):
+                raise UserError(f"{path}: not what local/pseudo_label.py writes; run it again") from None
+        found.append({"name": place.name, "summary": summary})
+    return found
+
+
+def _numbers(tree: Dict[str, Any], *names: str) -> None:
+    """TypeError or KeyError unless `tree` has numbers of these names."""
+    for name in names:
+        if not isinstance(tree[name], (int, float)) or isinstance(tree[name], bool):
+            raise TypeError(name)
 
 
 def _ended(mark: Path) -> Optional[float]:

@@ -5,7 +5,7 @@ from typing import Any, Dict, List
 
 import jinja2
 
-from transducer_kd.report import plots, systems, tables
+from transducer_kd.report import plots, systems, tables, targets
 
 _TEMPLATE = Path(__file__).with_name("template.html")
 
@@ -13,6 +13,7 @@ _TEMPLATE = Path(__file__).with_name("template.html")
 def render(report: Dict[str, Any], made: str) -> str:
     """The whole page. made: when and by which command, shown at its end."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    crossover = targets.crossover_rows(report)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     page = template.render(
         report=report,
@@ -25,6 +26,12 @@ def render(report: Dict[str, Any], made: str) -> str:
         comparisons=systems.comparison_tables(report, is_short=True),
         all_comparisons=systems.comparison_tables(report),
         comparison_notes=systems.comparison_notes(report),
+        crossover=crossover,
+        crossover_text=[i for i, name in enumerate(crossover[0]) if i < 2 or name.endswith("verdict")],
+        crossover_title=targets.TITLE,
+        crossover_notes=targets.crossover_notes(report),
+        labels=targets.label_rows(report),
+        labels_note=targets.LABELS_NOTE,
         results=tables.results_rows(report),
         details=tables.detail_rows(report),
         training=tables.training_rows(report),
@@ -47,7 +54,7 @@ def _cards(report: Dict[str, Any]) -> List[Dict[str, Any]]:
         rates = [(name, f"{r['wer']:.2f}") for name, r in by_set.items()]
         size, saved = tables.millions(some["params_deployed"]), systems.saved(phase, report)
         size += "" if saved is None else f" ({systems.percent(saved)} smaller than the teacher)"
-        role = phase["what"] if phase["role"] == "control" else phase["role"]
+        role = phase["what"] if phase["control_of"] else phase["role"]
         about = [role, size, some["method"], some["mode"]]
         cards.append({"label": phase["name"], "rates": rates, "about": ", ".join(filter(None, about))})
     return cards

@@ -1,14 +1,15 @@
 """How the phases of an experiment hang together, read from their configurations.
 
 Nothing else says which phase is a teacher and which a student. A phase is distilled when its configuration
-has a teacher, or when it began with the weights of one that had; a teacher is one that another phase names,
-and whatever shares its weights. Two kinds of control are known by their names: `<phase>_control` repeats all
-that led to `<phase>` without a teacher, `<phase>_nokd` begins with what `<phase>` began with and leaves out
-the distillation terms of this one phase.
+has a teacher or pseudo-labels, or when it began with the weights of one that had; a teacher is one that
+taught or labelled for another phase, and whatever shares its weights. Two kinds of control are known by their
+names: `<phase>_control` repeats all that led to `<phase>` without a teacher, `<phase>_nokd` begins with what
+`<phase>` began with and leaves out the distillation terms of this one phase. A phase that another one is to
+be compared with (`compare_with`), and that is neither taught nor a teacher, is a control as well.
 """
 
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set
 
 Phase = Dict[str, Any]
 
@@ -25,43 +26,67 @@ _LEARNS = {
 }
 
 
-def arrange(phases: List[Phase], exp_dir: Path) -> List[Phase]:
-    """The phases in the order of training, controls after what they control; of a kind, large ones first.
+def arrange(phases: List[Phase], exp_dir: Path, label_sets: Sequence[Dict[str, Any]] = ()) -> List[Phase]:
+    """The phases in the order of training, controls after what they control, what is beside a chain of steps
+    last; of a kind, large ones first.
 
     phases: dicts with name, params_deployed, and config and meta (None where unknown); exp_dir holds their
-    folders. Each gets
+    folders. label_sets: dicts with the `name` of a folder of exp_dir/labels and its `summary` (None: not
+    finished); they get `labelled_by`, the phase or None. Each phase gets
+
+        label_set   the one of these that it learns from, else None
 
         role        "teacher" | "distilled" | "control" | "" where nothing tells
-        begins_with, learns_from
-                    the phase of which its first weights are, and its own teacher; None without one in exp_dir
-        teacher     the phase that taught it, or what it began with; None without one in this experiment
+        begins_with, learns_from, labelled_by
+                    the phase of which its first weights are, its own teacher, and who made its pseudo-labels;
+                    None without one in exp_dir
+        is_selected whether its first weights are a part of those of begins_with
+        teacher     the first teacher of the chain that taught it, or what it began with; None without one in
+                    this experiment
         control_of  for a control the phase (which may be missing) that it is to be compared with, else None
+        compare_with
+                    the phases (which may be missing) that its configuration says to compare it with
         has_las     whether there is a second pass
         what        a few words on what was trained from what
     """
     by_name = {p["name"]: p for p in phases}
     folders = {(exp_dir / name).resolve(): name for name in by_name}
+    for made in label_sets:
+        path = _section(made["summary"], "teacher").get("path") or exp_dir / made["name"]
+        made["labelled_by"] = folders.get((_ROOT / path).resolve())
+    labelled_by = {made["name"]: made["labelled_by"] for made in label_sets}
+    label_folders = {(exp_dir / "labels" / name).resolve(): name for name in labelled_by}
     for p in phases:
         p["begins_with"] = _origin(p, "init", folders)
         p["learns_from"] = _origin(p, "teacher", folders) if teacher_kind(p) == "exp_dir" else None
+        p["label_set"] = _origin(p, "labels", label_folders) if targets(p) else None
+        p["labelled_by"] = labelled_by.get(p["label_set"])
+        p["is_selected"] = bool(recorded(p, "init").get("selected_from"))
         p["control_of"] = next((p["name"][: -len(end)] for end in ARMS if p["name"].endswith(end)), None)
+        p["compare_with"] = list((p["config"] or {}).get("compare_with") or [])
         p["has_las"] = bool(_section(_section(p["config"], "model"), "las").get("enabled"))
         p["what"] = _what(p)
     init = {p["name"]: p["begins_with"] for p in phases}
-    own_teacher = {p["name"]: p["learns_from"] for p in phases}
-    taught = {p["name"] for p in phases if teacher_kind(p) != "none"}
+    own_teacher = {p["name"]: p["learns_from"] or p["labelled_by"] for p in phases}
+    taught = {p["name"] for p in phases if teacher_kind(p) != "none" or targets(p)}
     for p in phases:
         lineage = list(walk_back(p["control_of"] or p["name"], init))
         is_distilled = not p["control_of"] and not taught.isdisjoint(lineage)
-        p["teacher"] = next((own_teacher[n] for n in lineage if own_teacher.get(n)), None)
+        p["teacher"] = _first_teacher(p["control_of"] or p["name"], init, own_teacher)
         p["role"] = "control" if p["control_of"] else "distilled" if is_distilled else ""
-    for name in _family({t for t in own_teacher.values() if t}, init):
+    # What was selected of a teacher is another model.
+    shared = {p["name"]: None if p["is_selected"] else p["begins_with"] for p in phases}
+    for name in _family({t for t in own_teacher.values() if t}, shared):
         by_name[name]["role"] = by_name[name]["role"] or "teacher"
+    for name in {name for p in phases for name in p["compare_with"]} & by_name.keys():
+        by_name[name]["role"] = by_name[name]["role"] or "control"
+
+    beside = sidelines(phases)
 
     def place(p: Phase) -> Any:
         like = by_name.get(p["control_of"], p)
-        depth = _depth(like["name"], init, own_teacher)
-        return depth, -(like["params_deployed"] or 0), like["name"], p is not like, p["name"]
+        kind = like["name"] in beside, _depth(like["name"], by_name), like["role"] != "teacher"
+        return *kind, -(like["params_deployed"] or 0), like["name"], p is not like, p["name"]
 
     return sorted(phases, key=place)
 
@@ -75,6 +100,67 @@ def teachers(phases: List[Phase]) -> List[Phase]:
 def teacher_kind(phase: Phase) -> str:
     """none | exp_dir | torchscript, as the phase's configuration says."""
     return _section(phase["config"], "teacher").get("kind", "none")
+
+
+def targets(phase: Phase) -> str:
+    """hard | soft | soft and hard: what the phase learns from on pseudo-labelled speech; empty without."""
+    config = phase["config"]
+    if not _section(config, "data").get("pseudo_labels"):
+        return ""
+    if _section(config, "distill").get("weight", 0) == 0:
+        return "hard"
+    return "soft" if _section(config, "loss").get("pseudo_weight", 1) == 0 else "soft and hard"
+
+
+def parents(phase: Phase) -> List[str]:
+    """The phases that it came from: began with, learnt from, was labelled for by."""
+    found = (phase["begins_with"], phase["learns_from"], phase["labelled_by"])
+    return list(dict.fromkeys(filter(None, found)))
+
+
+def ancestors(name: str, by_name: Dict[str, Phase]) -> Set[str]:
+    """The phases that it came from, those that they came from, and so on."""
+    found: Set[str] = set()
+    waiting = parents(by_name[name])
+    while waiting:
+        parent = waiting.pop()
+        if parent not in found:
+            found.add(parent)
+            waiting += parents(by_name[parent])
+    return found - {name}
+
+
+def steps(phases: List[Phase]) -> List[List[str]]:
+    """Chains of a teacher and two trainings or more, each taught by the one before it and smaller."""
+    by_name = {p["name"]: p for p in phases}
+
+    def teacher_of(phase: Phase) -> Optional[Phase]:
+        teacher = by_name.get(phase["learns_from"] or phase["labelled_by"])
+        sizes = [p["params_deployed"] or 0 for p in (phase, teacher) if p]
+        return teacher if len(sizes) == 2 and 0 < sizes[0] < sizes[1] else None
+
+    chains = []
+    for phase in phases:
+        chain = [phase]
+        while teacher_of(chain[0]):
+            chain.insert(0, teacher_of(chain[0]))
+        chains.append([p["name"] for p in chain])
+    # Those that go on are in a longer one.
+    return [
+        c for c in chains if len(c) > 2 and not any(c == other[: len(c)] for other in chains if other != c)
+    ]
+
+
+def sidelines(phases: List[Phase]) -> Set[str]:
+    """Beside chains of steps: what somebody is compared with, and the steps that led to that alone."""
+    chains, named = steps(phases), {name for p in phases for name in p["compare_with"]}
+    main = {name for chain in chains if chain[-1] not in named for name in chain}
+    return {*named, *(name for chain in chains for name in chain)} - main if chains else set()
+
+
+def recorded(phase: Phase, key: str) -> Dict[str, Any]:
+    """What training recorded of the origin init, teacher or labels."""
+    return _section(_section(phase.get("meta"), "origins"), key)
 
 
 def walk_back(name: Optional[str], init: Dict[str, Optional[str]]) -> Iterator[str]:
@@ -92,13 +178,19 @@ def _section(tree: Optional[Dict[str, Any]], name: str) -> Dict[str, Any]:
 
 
 def _path(phase: Phase, key: str) -> str:
-    """Of init or teacher: as training recorded it, or else as its configuration says; empty without."""
-    recorded = _section(_section(phase.get("meta"), "origins"), key).get("path")
-    return str(recorded or _section(phase["config"], key).get("exp_dir") or "")
+    """Of init, teacher or labels: as training recorded it, or else as its configuration says; empty without.
+
+    Of first weights that were selected from another phase's: that phase's.
+    """
+    origin = recorded(phase, key)
+    origin = _section(origin, "selected_from") or origin
+    section, name = ("data", "pseudo_labels") if key == "labels" else (key, "exp_dir")
+    return str(origin.get("path") or _section(phase["config"], section).get(name) or "")
 
 
 def _origin(phase: Phase, key: str, folders: Dict[Path, str]) -> Optional[str]:
-    """The phase that init or teacher is; None where that is not of this experiment, whatever it is called."""
+    """The one of these phases or label sets that init, teacher or labels is; None where that is not of this
+    experiment, whatever it is called."""
     path = _path(phase, key)
     name = folders.get((_ROOT / path).resolve()) if path else None
     return name if name != phase["name"] else None
@@ -113,6 +205,13 @@ def _what(phase: Phase) -> str:
     if _path(phase, "init"):
         init = phase["begins_with"] or "another model"
         learns = f"LAS on {init}" if learns == "LAS" else f"{init}, {learns} finetuned"
+        if phase["is_selected"]:
+            count = _section(_section(phase["config"], "model"), "encoder").get("num_layers", "some")
+            learns = f"{count} layers selected of {init}"
+    if targets(phase):
+        shift = _section(phase["config"], "distill").get("frame_shift")
+        learns += f", {targets(phase)} targets of {phase['labelled_by'] or 'another model'}"
+        return learns + (f", frame shift {shift}" if shift and targets(phase) != "hard" else "")
     if teacher_kind(phase) == "none":
         return learns
     return f"{learns}, distilled from {phase['learns_from'] or 'another model'}"
@@ -124,7 +223,21 @@ def _family(named: set, init: Dict[str, Optional[str]]) -> set:
     return family | {name for name in init if not family.isdisjoint(walk_back(name, init))}
 
 
-def _depth(name: str, *parents: Dict[str, Optional[str]], above: frozenset = frozenset()) -> int:
+def _first_teacher(
+    name: str, init: Dict[str, Optional[str]], own_teacher: Dict[str, Optional[str]]
+) -> Optional[str]:
+    """The teacher that was taught by nobody, at the beginning of the chain that ends with `name`."""
+    found, seen = None, set()
+    while name not in seen:
+        seen.add(name)
+        own = next((own_teacher[n] for n in walk_back(name, init) if own_teacher.get(n)), None)
+        if own is None or own in seen:
+            break
+        found = name = own
+    return found
+
+
+def _depth(name: str, by_name: Dict[str, Phase], above: frozenset = frozenset()) -> int:
     """How many phases had to be trained before, one after the other."""
-    found = [p[name] for p in parents if p.get(name) and p[name] not in above]
-    return max((1 + _depth(n, *parents, above=above | {name}) for n in found), default=0)
+    found = [parent for parent in parents(by_name[name]) if parent not in above]
+    return max((1 + _depth(parent, by_name, above | {name}) for parent in found), default=0)

@@ -5,6 +5,7 @@ marker colours that are replaced by CSS ones in the end, so that one picture ser
 """
 
 import io
+import math
 import re
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
@@ -14,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from transducer_kd.report import tables
-from transducer_kd.report.phases import NO_KD
-from transducer_kd.report.systems import systems
+from transducer_kd.report.phases import NO_KD, sidelines, steps
+from transducer_kd.report.systems import has_named, systems
 from transducer_kd.report.tables import rescored_text
 
 # Marker colours -> what the page draws.
@@ -23,7 +24,10 @@ _INK, _FAINT = "#010203", "#040506"
 _CSS = {_INK: "currentColor", _FAINT: "var(--line)"}
 
 # Distinguishable with red-green blindness, and legible on white and on near-black.
-_COLOURS = ("#2f7ed8", "#e07b1f", "#1fa187", "#c2559d", "#8f8f2f", "#7a6fd0", "#b5523b", "#4f97a3")
+_COLOURS = (
+    "#2f7ed8", "#e07b1f", "#1fa187", "#c2559d", "#8f8f2f", "#7a6fd0", "#b5523b", "#4f97a3", "#5aad3c",
+    "#b08b5e",
+)  # fmt: skip
 
 _STYLE = {
     "svg.fonttype": "none",
@@ -56,6 +60,15 @@ _SIZE_TEXT = (
     "runs. Squares are teachers, small crosses controls (upright: finetuned without distillation terms) in "
     "the colour of what they control; triangles stream. Models of one size are drawn side by side."
 )
+_NAMED_TEXT = (
+    "Each system's best method, 95 % intervals. Squares are teachers, small crosses controls; where both "
+    "modes are shown, triangles stream (small, pointing down: controls). Half-filled: the second use of a "
+    "colour. Models of one size are drawn side by side."
+)
+_STEPS_TEXT = (
+    " Lines join the steps of a chain, each taught by the one before it; dotted lines and diamonds are what "
+    "another system is compared with."
+)
 _PASS_TEXT = (
     "Of each system above the first pass, below what the LAS makes of {rescored} (strong colour), with 95 % "
     "intervals. Hollow: the oracle of the whole list, a bound. Squares are teachers, small crosses controls."
@@ -84,8 +97,12 @@ def figures(report: Dict[str, Any]) -> List[Drawing]:
         if report["records"]:
             of_all = systems(report)
             if any(system["headline"] for system in of_all):
-                by_size = _svg(wer_against_size(report))
-                found.append(Drawing("Word error rate against size", by_size, _SIZE_TEXT))
+                by_size, seen = (
+                    _svg(wer_against_size(report)),
+                    _NAMED_TEXT if has_named(report) else _SIZE_TEXT,
+                )
+                seen += _STEPS_TEXT if steps(report["phases"]) else ""
+                found.append(Drawing("Word error rate against size", by_size, seen))
             if any(system["rescored"] for system in of_all):
                 by_pass, seen = _svg(wer_by_pass(report)), _PASS_TEXT.format(rescored=rescored_text(report))
                 found.append(Drawing("Word error rate of the first and the second pass", by_pass, seen))
@@ -101,15 +118,18 @@ def figures(report: Dict[str, Any]) -> List[Drawing]:
 
 
 def wer_against_size(report: Dict[str, Any]) -> Figure:
-    """One panel per test set, one point per system that was decoded."""
-    sets = tables.test_sets(report)
+    """One panel per test set, one point per system that was decoded; the steps of a chain are joined."""
+    sets, shown = tables.test_sets(report), [s for s in systems(report) if s["headline"]]
     largest = max(r["params_deployed"] for r in report["records"]) / 1e6
-    figure, panels = _panels(len(sets), height=3.4)
+    longest = max(len(system["label"]) for system in shown)
+    columns = min(max(130 // (longest + 8), 1), 4)
+    figure, panels = _panels(len(sets), height=3.4 + 0.18 * max(math.ceil(len(shown) / columns) - 3, 0))
     legend = {}
     for panel, name in zip(panels, sets):
+        points: Dict[str, Tuple[float, float]] = {}
         sizes: List[float] = []
         highest = 0.0
-        for system in systems(report):
+        for system in shown:
             if name not in system["headline"]:
                 continue
             r = system["headline"][name]
@@ -117,16 +137,21 @@ def wer_against_size(report: Dict[str, Any]) -> Figure:
             # Models of one size stand beside each other: their intervals would hide one another.
             x = size + 0.025 * largest * sizes.count(size)
             sizes.append(size)
+            points.setdefault(r["phase"], (x, r["wer"]))
             highest = max(highest, r["wer_high"])
             below_above = [[max(r["wer"] - r["wer_low"], 0.0)], [max(r["wer_high"] - r["wer"], 0.0)]]
             style = {**_point(report, r["phase"], r["mode"]), "capsize": 2}
             legend[system["label"]] = panel.errorbar([x], [r["wer"]], yerr=below_above, **style)
+        for chain in steps(report["phases"]):
+            style = {"color": _point(report, chain[-1], "")["color"], "linewidth": 1.0, "zorder": 1.5}
+            style["linestyle"] = ":" if chain[-1] in sidelines(report["phases"]) else "-"
+            panel.plot(*zip(*(points[p] for p in chain if p in points)), **style)
         # Both axes from zero: half the size, or half the errors, then looks like half.
         panel.set(
             xlim=(0, largest * 1.25), ylim=(0, highest * 1.1 or 1), title=name, xlabel="million parameters"
         )
     panels[0].set_ylabel("WER %")
-    figure.legend(legend.values(), legend, loc="outside lower center", ncols=4)
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=columns)
     return figure
 
 
@@ -230,14 +255,16 @@ def _point(report: Dict[str, Any], phase: str, mode: str) -> Dict[str, Any]:
     """How a system is drawn in all figures: a colour per phase and its control, a shape per role and mode."""
     owners = {p["name"]: p["control_of"] or p["name"] for p in report["phases"]}
     role = next(p["role"] for p in report["phases"] if p["name"] == phase)
-    if mode == "streaming":
+    tells_mode = not has_named(report) or len({r["mode"] for r in report["records"]}) > 1
+    if mode == "streaming" and tells_mode:
         marker = "v" if role == "control" else "^"
     else:
         of_control = "P" if phase.endswith(NO_KD) else "X"
-        marker = {"teacher": "s", "control": of_control}.get(role, "o")
-    colour = _COLOURS[list(dict.fromkeys(owners.values())).index(owners[phase]) % len(_COLOURS)]
-    size = 4.5 if role == "control" else 6
-    return {"color": colour, "marker": marker, "markersize": size, "linestyle": "none"}
+        distilled = "D" if phase in sidelines(report["phases"]) else "o"
+        marker = {"teacher": "s", "control": of_control}.get(role, distilled)
+    use, index = divmod(list(dict.fromkeys(owners.values())).index(owners[phase]), len(_COLOURS))
+    style = {"color": _COLOURS[index], "marker": marker, "markersize": 4.5 if role == "control" else 6}
+    return {**style, "linestyle": "none", "fillstyle": "left" if use else "full"}
 
 
 def _labels(systems: Sequence[Tuple[str, str, str]]) -> List[str]:

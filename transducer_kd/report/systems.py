@@ -6,14 +6,13 @@ all their parameters.
 
 from typing import Any, Dict, List, Optional
 
-from transducer_kd.report import phases, tables
+from transducer_kd.report import phases, tables, targets
 from transducer_kd.report.tables import Row, number
 
 _RESCORED = "_las_rescore"
 _ORACLE = "fast_beam_search_nbest_oracle"
 _FEEDS = ("fast_beam_search_nbest", "modified_beam_search")  # first passes that a LAS can rescore
 _FIRST = (*_FEEDS, "greedy_search")  # the first there is
-_SIGNIFICANT = 0.05
 
 COMPARISON_NOTE = (
     "A difference is the WER of the system minus that of what it is compared with, in percentage points: "
@@ -31,9 +30,18 @@ NOKD_NOTE = (
     "A system with _nokd begins with the same distilled weights as the one it is compared with and leaves "
     "out the distillation terms of this stage alone."
 )
+MODES_NOTE = (
+    "Where two modes are named, one system hears chunk by chunk and the other the whole utterance: a "
+    "difference is that of mode and model together."
+)
+UPDATES_NOTE = (
+    "Updates: of the phase and of all that it came from (whose weights it began with, who taught it, who "
+    "labelled for it), without phases that came from none, as the first teacher."
+)
 _HEADINGS = {
     "teacher": "Distilled systems and controls against the teacher",
     "control": "Distilled systems against their controls, trained without distillation",
+    "named": "Systems against those that they are to be compared with",
     "first pass": "Second pass against the first pass that it rescores",
 }
 
@@ -80,9 +88,35 @@ def saved(phase: Dict[str, Any], report: Dict[str, Any]) -> Optional[float]:
     return 1 - size / teacher["params_deployed"] if is_known else None
 
 
+def total_updates(phase: Dict[str, Any], report: Dict[str, Any]) -> Optional[int]:
+    """What UPDATES_NOTE says; None where one of them is not known."""
+    by_name = {p["name"]: p for p in report["phases"]}
+    above = [by_name[name] for name in phases.ancestors(phase["name"], by_name)]
+    counted = [phase, *(p for p in above if phases.parents(p))]
+    found = [(p["training"] or {}).get("updates") for p in counted]
+    return None if None in found else sum(found)
+
+
+def has_named(report: Dict[str, Any]) -> bool:
+    """Whether a configuration says what its phase is to be compared with."""
+    return any(p["compare_with"] for p in report["phases"])
+
+
 def key_systems(report: Dict[str, Any]) -> List[Dict[str, Any]]:
-    """What a reader wants first: the whole teacher, the last distilled system and its controls, or all."""
+    """What a reader wants first.
+
+    Where configurations name comparisons: the arms of soft against hard targets, or else the phase that names
+    most; with what these name and came from. Otherwise the whole teacher, the last distilled system and its
+    controls, or all.
+    """
     decoded = [s for s in systems(report) if s["headline"]]
+    if has_named(report):
+        by_name = {p["name"]: p for p in report["phases"]}
+        arms = [name for arm in targets.arms(report) for name in arm["names"] if arm["generation"] == 1]
+        leads = arms or [max(reversed(report["phases"]), key=lambda p: len(p["compare_with"]))["name"]]
+        names = {n for lead in leads for n in [lead, *by_name[lead]["compare_with"]]}
+        names |= {n for lead in leads for n in phases.ancestors(lead, by_name)}
+        return [s for s in decoded if s["phase"]["name"] in names] or decoded
     distilled = [s["phase"] for s in decoded if s["phase"]["role"] == "distilled"]
     if not distilled:
         return decoded
@@ -95,31 +129,36 @@ def key_systems(report: Dict[str, Any]) -> List[Dict[str, Any]]:
     return [s for s in decoded if is_key(s["phase"])]
 
 
-def side_by_side_rows(report: Dict[str, Any], has_what: bool = True) -> List[Row]:
+def side_by_side_rows(report: Dict[str, Any], has_what: bool = True, only_key: bool = False) -> List[Row]:
     """One row per system; columns that would be empty for all are left out."""
-    of_all, sets = systems(report), tables.test_sets(report)
+    of_all, sets = key_systems(report) if only_key else systems(report), tables.test_sets(report)
     passes = {"first": "first pass", "rescored": "rescored", "oracle": "oracle of the whole list"}
     best = tables.num_rescored(report)
     passes["rescored"] += f" (best {best})" if best else ""
     shown = [(s, name) for s in sets for name in passes if any(s in system[name] for system in of_all)]
     has_second = any(system["rescored"] for system in of_all)
     header = ["phase", *(["what"] if has_what else []), *(f"{s} {passes[name]} %" for s, name in shown)]
-    header += ["parameters", "float32 MB", "smaller than teacher by", "x real time"]
+    header += ["parameters", "float32 MB", "smaller than teacher by"]
+    header += ["updates"] if has_named(report) else []
+    delayed = _delayed_sets(report)
+    header += [*(f"{s} emission delay, frames [95 %] (ms)" for s in delayed), "x real time"]
     rows = [header + (["2nd / 1st pass time"] if has_second else [])]
     for system in of_all:
         phase, size = system["phase"], system["phase"]["params_deployed"]
         row = [system["label"], *([phase["what"]] if has_what else [])]
         row += [number(system[name].get(s, {}).get("wer"), 2) for s, name in shown]
         row += [tables.millions(size), number(size and 4e-6 * size, 1), percent(saved(phase, report))]
+        row += [number(total_updates(phase, report), 0)] if has_named(report) else []
+        row += [_delay_cell(system, s) for s in delayed]
         row += [tables.speed(system["headline"].values()), percent(_second_pass_share(system))]
         rows.append(row[: len(rows[0])])
     return rows
 
 
-def side_by_side_notes(report: Dict[str, Any]) -> List[str]:
+def side_by_side_notes(report: Dict[str, Any], only_key: bool = False) -> List[str]:
     """What the columns of side_by_side_rows mean in this report."""
     methods: Dict[str, List[str]] = {}
-    of_all = systems(report)
+    of_all = key_systems(report) if only_key else systems(report)
     for system in of_all:
         for r in list(system["first"].values())[:1]:
             methods.setdefault(r["method"], []).append(system["label"])
@@ -141,7 +180,14 @@ def side_by_side_notes(report: Dict[str, Any]) -> List[str]:
             f"Parameters are all that run on a device, with the LAS where there is one; they are compared "
             f"with a teacher of as many passes: {', '.join(pairs.values())}."
         )
-    return out
+    chained = {p["teacher"] for p in report["phases"] if _own_teacher(p) not in (None, p["teacher"])}
+    if chained:
+        out.append(
+            f"Where a teacher has been taught itself, sizes and comparisons are with the first one, "
+            f"{', '.join(sorted(chained))}."
+        )
+    out += [UPDATES_NOTE] if has_named(report) else []
+    return out + _delay_notes(report)
 
 
 def comparison_tables(report: Dict[str, Any], is_short: bool = False) -> List[Dict[str, Any]]:
@@ -151,26 +197,27 @@ def comparison_tables(report: Dict[str, Any], is_short: bool = False) -> List[Di
     """
     grouped: Dict[Any, Dict[str, Dict[str, Any]]] = {}
     for c in report["comparisons"]:
-        who = tuple(c[key] for key in ("kind", "phase_b", "phase_a", "mode", "method_b", "method_a"))
+        who = tuple(c[k] for k in ("kind", "phase_b", "phase_a", "mode_b", "mode_a", "method_b", "method_a"))
         grouped.setdefault(who, {})[c["test_set"]] = c
     if is_short:
         best: Dict[Any, Any] = {}
         for who in grouped:  # the best method comes first
-            best.setdefault(who[:4], who)
+            best.setdefault(who[:5], who)
         grouped = {who: grouped[who] for who in best.values()}
     sets = tables.test_sets(report)
     made = []
     for kind, title in _HEADINGS.items():
         columns = ("difference [95 %]", "relative", "verdict")
         rows = [["system", "against", "pass", *(f"{s} {column}" for s in sets for column in columns)]]
-        for (own_kind, phase_b, phase_a, mode, method, _), by_set in grouped.items():
+        for (own_kind, phase_b, phase_a, mode, mode_a, method, _), by_set in grouped.items():
             if own_kind != kind:
                 continue
             against = "its first pass" if kind == "first pass" else phase_a
             scored = (
                 "rescored" if method.endswith(_RESCORED) else "first pass" if method in _FEEDS else method
             )
-            scored += "" if mode == "offline" else f", {mode}"
+            modes = mode if mode == mode_a else f"{mode} against {mode_a}"
+            scored += "" if modes == "offline" else f", {modes}"
             cells = [cell for s in sets for cell in (_comparison(by_set[s]) if s in by_set else ("-",) * 3)]
             rows.append([phase_b, against, scored, *cells])
         if len(rows) > 1:
@@ -183,17 +230,17 @@ def comparison_notes(report: Dict[str, Any]) -> List[str]:
     compared = report["comparisons"]
     controls = {c["phase_a"] for c in compared if c["kind"] == "control"}
     out = [COMPARISON_NOTE] if compared else []
+    out += [MODES_NOTE] if any(c["mode_a"] != c["mode_b"] for c in compared) else []
     out += [CONTROL_NOTE] if any(name.endswith(phases.CONTROL) for name in controls) else []
     return out + ([NOKD_NOTE] if any(name.endswith(phases.NO_KD) for name in controls) else [])
 
 
 def verdict(comparison: Dict[str, Any]) -> str:
     """In words, with the p-value: `better, p 0.012`"""
-    p, difference = comparison["p_value"], comparison["difference"]
-    words = "better" if difference < 0 else "worse"
-    if p >= _SIGNIFICANT or not difference:
+    words = "better" if comparison["difference"] < 0 else "worse"
+    if comparison["p_value"] >= tables.SIGNIFICANT or not comparison["difference"]:
         words = "no difference shown"
-    return f"{words}, p {'< 0.001' if p < 0.001 else f'{p:.3f}'}"
+    return f"{words}, {tables.p_text(comparison['p_value'])}"
 
 
 def percent(share: Optional[float]) -> str:
@@ -203,7 +250,45 @@ def percent(share: Optional[float]) -> str:
 
 def _comparison(c: Dict[str, Any]) -> List[str]:
     relative = "-" if c["relative"] is None else f"{c['relative']:+.1f} %"
-    return [f"{c['difference']:+.2f} [{c['low']:+.2f}, {c['high']:+.2f}]", relative, verdict(c)]
+    return [tables.difference_cell(c), relative, verdict(c)]
+
+
+def _own_teacher(phase: Dict[str, Any]) -> Optional[str]:
+    return phase["learns_from"] or phase["labelled_by"]
+
+
+def _delays(report: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
+    """{phase: its delay}, of phases that are compared"""
+    return {p["name"]: p["delay"] for p in report["phases"] if p["delay"] and not p["is_stale"]}
+
+
+def _delayed_sets(report: Dict[str, Any]) -> List[str]:
+    measured = {part for delay in _delays(report).values() for part in delay["parts"]}
+    return [s for s in tables.test_sets(report) if s in measured]
+
+
+def _delay_cell(system: Dict[str, Any], test_set: str) -> str:
+    """`2.35 [2.10, 2.60] (94)`"""
+    delay = system["phase"]["delay"]
+    if not delay or delay["mode"] != system["mode"] or test_set not in delay["parts"]:
+        return "-"
+    mean, low, high = (delay["parts"][test_set][name] for name in ("mean_frames", "low", "high"))
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}] ({mean * delay['frame_ms']:.0f})"
+
+
+def _delay_notes(report: Dict[str, Any]) -> List[str]:
+    references: Dict[str, List[str]] = {}
+    for name, delay in _delays(report).items():
+        references.setdefault(delay["reference"]["phase"], []).append(name)
+    if not references:
+        return []
+    names = [
+        name if len(references) == 1 else f"{name} for {', '.join(of)}" for name, of in references.items()
+    ]
+    return [
+        "Emission delay: how much later than the reference model a token of the transcript is emitted, both "
+        f"models forced on it; mean over the tokens. Reference model: {'; '.join(names)}."
+    ]
 
 
 def _passes(methods: List[str]) -> List[Optional[str]]:

@@ -11,6 +11,7 @@ from transducer_kd.report.phases import ARMS
 
 Row = List[str]
 
+SIGNIFICANT = 0.05
 SYNTHETIC_WARNING = "Synthetic speech: not comparable with any paper's figure."
 ORACLE_NOTE = (
     "An oracle picks the best path of the whole n-best list with the reference in hand: a bound, not a "
@@ -190,6 +191,16 @@ def rescored_text(report: Dict[str, Any]) -> str:
 def wer_cell(record: Dict[str, Any]) -> str:
     """`3.21 [2.80, 3.65]`"""
     return f"{record['wer']:.2f} [{record['wer_low']:.2f}, {record['wer_high']:.2f}]"
+
+
+def difference_cell(comparison: Dict[str, Any]) -> str:
+    """`-1.20 [-1.90, -0.50]`"""
+    return f"{comparison['difference']:+.2f} [{comparison['low']:+.2f}, {comparison['high']:+.2f}]"
+
+
+def p_text(p_value: float) -> str:
+    """`p 0.012`"""
+    return "p < 0.001" if p_value < 0.001 else f"p {p_value:.3f}"
 
 
 def speed(records: Iterable[Dict[str, Any]]) -> str:
