@@ -4,6 +4,14 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 recipes=$(cd "$root/egs/librispeech" && for f in */run.sh; do echo "${f%/run.sh}"; done | paste -sd' ' -)
 
+# Each recipe with what its run.sh says of itself, up to the year of its source.
+describe_recipes() {
+  local name
+  for name in $recipes; do
+    printf '  %-12s %s\n' "$name" "$(sed -n '2{s/^# //;s/\([0-9])\).*/\1/;p}' "$root/egs/librispeech/$name/run.sh")"
+  done
+}
+
 usage() {
   cat <<HELP
 usage: ./run.sh [--recipe NAME] [options]
@@ -11,13 +19,15 @@ usage: ./run.sh [--recipe NAME] [options]
   ./run.sh                                                    everything, on speech it makes itself (30 min, 2 cores)
   ./run.sh --scale smoke                                      the same with tiny models, to see that all is there
   ./run.sh --controls 1                                       also the students without a teacher (40 min)
+  ./run.sh --recipe progressive                               another recipe
   ./run.sh --stage 2 --stop-stage 2 --set optim.lr=1e-3       one stage, with another setting
   ./run.sh --corpus mini_librispeech                          5 h of real speech, downloaded
   ./run.sh --corpus librispeech --full-libri 1 --scale full --nproc 8
   ./run.sh --corpus-dir /speech/own --train-parts "a b" --dev-parts c --test-parts "d e"
   ./run.sh --csv "train=train.csv dev=dev.csv test=test.csv" --corpus-name cars --vocab-size 300
 
-recipes: $recipes (default: two_pass)
+Recipes (default: two_pass)
+$(describe_recipes)
 
 Stages, the same in every recipe
   0  corpus and manifests      2    teacher                         6  decode and report
@@ -52,12 +62,12 @@ Model and training
   --vocab-size N               BPE pieces (default: smoke 60, mini 100, small and full 500)
   --bpe-model FILE             a BPE model trained elsewhere, such as a teacher's (with its --vocab-size)
   --teacher-torchscript FILE --teacher-tokens FILE
-                               distil from somebody else's model instead of training a teacher (README.md)
+                               two_pass: distil from somebody else's model, train no teacher (README.md)
   --set SECTION.KEY=VALUE      change a setting of all phases; may be repeated; transducer_kd/config.py has them all
   --set PHASE:SECTION.KEY=VALUE    of one phase, such as student:distill.weight=5
   --nproc N                    training processes, one per GPU (torchrun; default 1)
   --device auto|cpu|cuda|cuda:N    (default auto: the GPU where there is one)
-  --controls                   also train the recipe's control arms, where it has some
+  --controls                   two_pass: also train the students without a teacher (others always train controls)
 
 Environment
   --env k2|modern              .venv or .venv-modern; tools/setup.sh makes it when it is missing

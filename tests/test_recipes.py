@@ -1,16 +1,9 @@
-"""The recipes from the outside: run.sh at scale smoke, from the corpus to the report, and what options do.
-
-Everything happens in a copy of the project that borrows this environment, so that neither data nor models of
-the project itself are touched.
-"""
+"""Recipe two_pass from the outside, from the corpus to the report, and the options of every recipe."""
 
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Tuple
@@ -19,66 +12,25 @@ import pytest
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENTS = {".venv": "k2", ".venv-modern": "modern"}
+sys.path.insert(0, str(Path(__file__).parent))
+from recipe_project import DATA, ROOT, Project, copy_project  # noqa: E402
+
 TRAINED = ["teacher", "teacher_las", "student", "student_control", "student_las", "student_las_control"]
 TRAINED += ["finetune", "finetune_control", "finetune_nokd"]
 STAGES = ["corpus and manifests", "features and BPE", *TRAINED]
-EXP = "egs/librispeech/two_pass/exp/synthetic-smoke"
-DATA = "egs/librispeech/data/synthetic-smoke"
-
-
-def copy_project(target: Path) -> Path:
-    """The project without data, models and environments."""
-    target.mkdir()
-    shutil.copy(ROOT / "run.sh", target)
-    ignored = shutil.ignore_patterns("__pycache__", "data", "exp", "RESULTS.md")
-    for name in ("egs", "tools"):
-        shutil.copytree(ROOT / name, target / name, ignore=ignored)
-    for name in ("local", "transducer_kd"):
-        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    return target
-
-
-class Project:
-    """run.sh in a copy of the project."""
-
-    def __init__(self, root: Path):
-        self.root = root
-        self.exp = root / EXP
-        self.environment = ENVIRONMENTS.get(Path(sys.prefix).name, "")
-        if self.environment:
-            (root / Path(sys.prefix).name).symlink_to(sys.prefix)
-
-    def command(self, *options: str) -> list:
-        return ["bash", str(self.root / "run.sh"), "--env", self.environment, "--scale", "smoke", *options]
-
-    def run(self, *options: str, status: int = 0) -> str:
-        """Output of run.sh; fails unless it ends with `status`."""
-        done = subprocess.run(
-            self.command(*options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
-        )
-        assert done.returncode == status, done.stdout
-        return done.stdout
-
-    def stages(self) -> list:
-        """Names of the stages that ran so far."""
-        path = self.exp / "stages.jsonl"
-        return [json.loads(line)["name"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Project:
     """A copy in which nothing has run yet; for what ends before the environment is needed."""
-    return Project(copy_project(tmp_path_factory.mktemp("recipe") / "project"))
+    return Project(copy_project(tmp_path_factory.mktemp("recipe") / "project"), "two_pass")
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory) -> Project:
     """A copy in which stages 0 to 6 have run, with the control arms."""
-    project = Project(copy_project(tmp_path_factory.mktemp("smoke") / "project"))
-    if not project.environment:
-        pytest.skip("run.sh needs an environment made by tools/setup.sh; these tests run in another one")
+    project = Project(copy_project(tmp_path_factory.mktemp("smoke") / "project"), "two_pass")
+    project.needs_environment()
     project.output = project.run("--stage", "0", "--stop-stage", "6", "--controls", "1")
     return project
 
@@ -168,10 +120,7 @@ class TestWholeRun:
             assert texts[0] and all(texts[1][key] == text for key, text in texts[0].items())
 
     def test_each_phase_knows_whose_weights_it_began_with_and_who_taught_it(self, smoke):
-        def origins(phase):
-            found = json.loads((smoke.exp / phase / "meta.json").read_text())["origins"]
-            return {name: Path(origin["path"]).name for name, origin in found.items()}
-
+        origins = smoke.origins
         assert origins("teacher") == origins("student_control") == {}
         assert origins("teacher_las") == {"init": "teacher"} and origins("student") == {"teacher": "teacher"}
         assert origins("student_las") == {"init": "student", "teacher": "teacher_las"}
@@ -245,17 +194,7 @@ class TestWholeRun:
 
     def test_a_stage_that_was_stopped_says_so_and_goes_on(self, smoke):
         long = ("--stage", "2", "--stop-stage", "2", "--set", "train.max_steps=100000")
-        process = subprocess.Popen(
-            smoke.command(*long), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        log = smoke.exp / "log" / "stage-2-teacher.log"
-        deadline = time.monotonic() + 60
-        while not (log.exists() and "max_steps=100000" in log.read_text() and "Epoch 3" in log.read_text()):
-            assert time.monotonic() < deadline and process.poll() is None, log.read_text()
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        output = process.communicate(timeout=60)[0]
-        assert process.returncode == 143
+        output = smoke.stop_in("stage-2-teacher.log", ("max_steps=100000", "Epoch 3"), *long)
         assert "stage 2 (teacher) was stopped" in output and "stage-2-teacher.log" in output
         assert not (smoke.exp / "teacher" / ".done").exists()
         checkpoints = sorted((smoke.exp / "teacher").glob("checkpoint-*.pt"))
@@ -348,15 +287,13 @@ def test_channel_and_text_norm_reach_the_manifests(project, tmp_path):
 
 
 def test_a_setting_for_a_phase_that_is_not_there_is_an_error(project):
-    if not project.environment:
-        pytest.skip("run.sh needs an environment made by tools/setup.sh; these tests run in another one")
+    project.needs_environment()
     output = project.run("--set", "studnet:optim.lr=1", status=1)
     assert "--set studnet:optim.lr=1: no such phase" in output and "student_las" in output
 
 
 def test_a_misspelt_setting_is_an_error_before_the_first_stage(project):
-    if not project.environment:
-        pytest.skip("run.sh needs an environment made by tools/setup.sh; these tests run in another one")
+    project.needs_environment()
     output = project.run("--set", "train.max_step=3", status=1)
     assert "unknown key train.max_step; did you mean max_steps?" in output
     assert "Traceback" not in output and "Stage 0" not in output

@@ -1,0 +1,150 @@
+"""What the recipes share, egs/librispeech/{common,stages}.sh: its own words are run with invented phases."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from recipe_project import ROOT  # noqa: E402
+
+EGS = "egs/librispeech"
+# Configurations without Python: phase "student" has a teacher, the rest have none.
+RECIPE = """
+  recipe=mine recipe_dir=$PWD/egs/librispeech/mine last_stage=6
+  source egs/librispeech/common.sh
+  parse_options --scale smoke --env k2 {options}
+  cd $root; corpus_name=synthetic mine=egs/librispeech/mine
+  exp_root=$mine/exp/synthetic-smoke conf_dir=$mine/conf/smoke
+  manifests_dir=m fbank_dir=f lang_dir=l
+  phases="teacher student plain" learns_from=([student]=teacher)
+  parts_of() {{ echo part; }}
+  config_value() {{
+    case $1.$2 in
+      student.teacher.kind) echo exp_dir ;;
+      *.teacher.kind) echo none ;;
+      *.chunk_size) echo 16 ;;
+      *.enabled | *.speed_perturb) echo False ;;
+      *) echo ;;
+    esac
+  }}
+  run() {{ echo "RUN $*"; }}
+  {body}
+  trap - EXIT
+"""
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """Function: lines of a recipe's body, in a folder of its own; `done` marks phases as trained."""
+    (tmp_path / EGS / "mine/conf/smoke").mkdir(parents=True)
+    for name in ("common.sh", "stages.sh"):
+        (tmp_path / EGS / name).write_text((ROOT / EGS / name).read_text())
+    for phase in ("teacher", "student", "plain"):
+        (tmp_path / EGS / f"mine/conf/smoke/{phase}.yaml").write_text(f"phase: {phase}\n")
+        (tmp_path / EGS / f"mine/exp/synthetic-smoke/{phase}").mkdir(parents=True)
+    (tmp_path / EGS / "mine/exp/synthetic-smoke/log").mkdir()
+
+    def run(body, options=""):
+        script = RECIPE.format(body=body, options=options)
+        done = subprocess.run(
+            ["bash", "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    run.exp = tmp_path / EGS / "mine/exp/synthetic-smoke"
+    return run
+
+
+def trainings(output):
+    """{phase: what train.py was told} of the trainings in an output."""
+    lines = [line for line in output.splitlines() if line.startswith("RUN python local/train.py")]
+    return {line.split("--exp-dir ")[1].split()[0].rpartition("/")[2]: line for line in lines}
+
+
+def test_a_phase_learns_from_the_one_that_the_recipe_names(shell):
+    told = trainings(shell("train_stage 2 teacher; train_stage 3 student not-a-phase; train_stage 4 plain"))
+    assert list(told) == ["teacher", "student", "plain"]
+    assert "--set teacher.exp_dir=egs/librispeech/mine/exp/synthetic-smoke/teacher" in told["student"]
+    assert "teacher.exp_dir" not in told["teacher"] + told["plain"]
+
+
+def test_arguments_of_the_recipe_come_before_the_users_settings(shell):
+    body = """
+      phase_arguments() { run helper "$1"; arguments+=(--set "data.pseudo_labels=labels of $1"); }
+      train_stage 4 plain
+    """
+    output = shell(body, options="--set plain:data.pseudo_labels=mine")
+    assert "RUN helper plain" in output
+    line = trainings(output)["plain"]
+    assert line.index("data.pseudo_labels=labels of plain") < line.index("data.pseudo_labels=mine")
+
+
+def test_what_a_recipe_says_a_phase_was_made_from_makes_it_begin_anew(shell):
+    body = """
+      phase_inputs() { [ "$1" != plain ] || echo "labels $labels"; }
+      labels=one; train_stage 4 plain; is_current plain && echo CURRENT-ONE
+      labels=two; is_current plain || echo STALE
+    """
+    output = shell(body + "train_stage 4 plain; is_current plain && echo CURRENT-TWO; train_stage 4 plain")
+    assert all(word in output for word in ("CURRENT-ONE", "STALE", "CURRENT-TWO"))
+    assert output.count("RUN python local/train.py") == 2
+    assert output.count("its options changed") == 1 and output.count("done already") == 1
+    assert "--restart" in output.split("its options changed")[1]
+
+
+def test_a_phase_that_is_no_longer_what_it_was_made_from_is_not_decoded(shell):
+    body = """
+      train_stage 2 teacher; train_stage 3 student
+      force=1; train_stage 2 teacher; force=0
+      methods=greedy_search; decode_stage
+    """
+    output = shell(body)
+    assert "student began with or learnt from weights that were trained anew since" in output
+    decoded = [line for line in output.splitlines() if line.startswith("RUN python local/decode.py")]
+    assert len(decoded) == 1 and "/teacher " in decoded[0]
+    assert "--decoding-method greedy_search,streaming_greedy_search" in decoded[0]
+
+
+class TestReuse:
+    """A phase of another recipe is offered to train.py where it can be the same."""
+
+    BODY = """
+      other=egs/librispeech/other/exp/synthetic-smoke
+      mkdir -p $other/teacher $other/plain $other/student
+      for phase in teacher student plain; do
+        (phase_fingerprint $phase; echo "ended 1.0") >$other/$phase/.done
+      done
+    """
+    TRAIN = "train_stage 2 teacher; train_stage 3 student; train_stage 4 plain"
+    OFFER = "--reuse egs/librispeech/other/exp/synthetic-smoke/"
+
+    def test_where_it_has_neither_teacher_nor_first_weights(self, shell):
+        told = trainings(shell(self.BODY + self.TRAIN))
+        assert self.OFFER + "teacher" in told["teacher"] and self.OFFER + "plain" in told["plain"]
+        assert "--reuse" not in told["student"]
+        assert told["teacher"].count("--reuse") == 1, "its own folder is no other recipe's"
+
+    def test_not_of_other_data(self, shell):
+        told = trainings(shell(self.BODY + "corpus_dir=/elsewhere\n" + self.TRAIN))
+        assert not any("--reuse" in line for line in told.values())
+
+    def test_not_unless_it_has_ended(self, shell):
+        told = trainings(shell(self.BODY + "rm $other/teacher/.done\n" + self.TRAIN))
+        assert "--reuse" not in told["teacher"] and "--reuse" in told["plain"]
+
+    def test_not_against_the_users_will(self, shell):
+        told = trainings(shell(self.BODY + self.TRAIN, options="--force"))
+        assert len(told) == 3 and not any("--reuse" in line for line in told.values())
+
+    def test_not_where_the_recipe_adds_something(self, shell):
+        body = 'phase_arguments() { arguments+=(--set "data.pseudo_labels=x"); }\n'
+        assert "--reuse" not in trainings(shell(self.BODY + body + self.TRAIN))["plain"]
+
+
+def test_shared_files_stay_short():
+    for path in (ROOT / EGS).glob("*.sh"):
+        subprocess.run(["bash", "-n", path], check=True)
+        assert len(path.read_text().splitlines()) < 400
