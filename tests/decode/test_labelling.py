@@ -271,6 +271,12 @@ def test_other_filters_decode_nothing(label, tmp_path, monkeypatch):
         UserError, match=r"frozen with other filters \(min_confidence: 0.1 -> 0.0\).*--refilter"
     ):
         label(tmp_path, "--min-confidence", "0")
+    unit = tmp_path / "units" / "00003.jsonl"
+    lines = unit.read_bytes()
+    unit.unlink()
+    with pytest.raises(UserError, match="frozen with other filters"):  # before the unit is done again
+        label(tmp_path, "--min-confidence", "0")
+    unit.write_bytes(lines)
     label(tmp_path, "--min-confidence", "0", "--refilter")
     assert summary_of(tmp_path)["kept"]["cuts"] > first["kept"]["cuts"]
     assert summary_of(tmp_path)["filters"] == {**first["filters"], "min_confidence": 0.0}
