@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Label a part without transcripts with a trained phase, for others to be trained on (data.pseudo_labels).
+"""Label speech without transcripts with a trained phase, for others to be trained on (data.pseudo_labels).
 
-  local/pseudo_label.py --exp-dir DIR --part unlabelled --output-dir DIR --soft int8
+  local/pseudo_label.py --exp-dir DIR --parts unlabelled --output-dir DIR --soft int8
 
 The work is cut into units, which do not depend on who does them. Share it among the processes that torchrun
 starts, among machines that see the same folder by --shard 0/4 to --shard 3/4, or both; give all of them the
@@ -30,7 +30,7 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--exp-dir", type=Path, required=True, help="experiment folder of the teacher, with epoch-N.pt")
-    add("--part", required=True, help="what to label: <fbank-dir>/cuts_<part>.jsonl.gz")
+    add("--parts", required=True, metavar="PART[,PART...]", help="what to label, as one set")
     add("--output-dir", type=Path, required=True, help="gets the labels")
     add("--epoch", type=number(-1), default=0, help="N for epoch-N.pt; 0: the last one; -1: best-valid.pt")
     add("--avg", type=number(1), default=1, help="average over this many epochs, ending at --epoch")
@@ -107,11 +107,11 @@ def main(argv: Optional[List[str]] = None) -> int:
     labeller = Labeller(loaded, chunk_size, args.beam_size, args.soft)
 
     folder, fbank_dir = args.output_dir, Path(args.fbank_dir or loaded.config.data.fbank_dir)
-    cuts = labeller.load_part(fbank_dir, args.part)
-    units = pseudo_labels.work_units(cuts, args.part, args.max_duration, args.unit_hours)
+    cuts = labeller.load_parts(fbank_dir, args.parts.split(","))
+    units = pseudo_labels.work_units(cuts, args.parts, args.max_duration, args.unit_hours)
     run = {
         "teacher": build._origin(str(args.exp_dir), loaded.checkpoint, loaded.model.state_dict()),
-        "part": args.part,
+        "part": args.parts,
         "cuts_sha256": pseudo_labels.cuts_sha256(cuts),
         "max_duration_s": args.max_duration,
         "unit_hours": args.unit_hours,

@@ -123,16 +123,17 @@ def finish(
 
 
 class _Merge:
-    """The cuts of a part with their labels, and why each is dropped; lists in the part's order."""
+    """The cuts of all parts with their labels, and why each is dropped; lists in the parts' order."""
 
     def __init__(self, folder: Path, fbank_dir: Path, num_units: int, filters: Filters):
         self.folder, self.filters, self.run = folder, filters, read_json(folder / "run.json")
         self.row_bytes = soft_row_bytes(self.run["dim"], self.run["soft"])
         found = {x["id"]: x for k in range(num_units) for x in read_unit(folder, k, self.row_bytes)}
-        path = Path(fbank_dir) / f"cuts_{self.run['part']}.jsonl.gz"
-        self.cuts: List[Cut] = read_manifest("cuts", path)  # not load_cuts: paths are to stay as they are
+        # Not load_cuts: paths are to stay as they are.
+        paths = [Path(fbank_dir) / f"cuts_{part}.jsonl.gz" for part in self.run["part"].split(",")]
+        self.cuts: List[Cut] = [cut for path in paths for cut in read_manifest("cuts", path)]
         if {cut.id for cut in self.cuts} != set(found):
-            raise UserError(f"{path} has other cuts than {folder}/units; delete {folder} and label again")
+            raise UserError(f"{paths[0]} has other cuts than {folder}/units; delete {folder} and label again")
         self.labels = [found[cut.id] for cut in self.cuts]
         self.reasons = [filters.reason(label) for label in self.labels]
 

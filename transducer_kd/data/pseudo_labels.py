@@ -1,4 +1,4 @@
-"""Pseudo-labels: what a teacher heard in a part without transcripts, kept so that many machines can share the
+"""Pseudo-labels: what a teacher heard in speech without transcripts, kept so that many machines can share the
 work, a killed job loses at most the unit it was in, and every arm of a comparison trains on the same set.
 
     run.json            what the labels depend on; a job with other settings is refused
@@ -139,15 +139,15 @@ def unpack_soft(rows: bytes, dim: int, dtype: str) -> np.ndarray:
 # ---------------------------------------------------------------- work units
 
 
-def work_units(cuts: Sequence[Cut], part: str, max_duration_s: float, unit_hours: float) -> List[Unit]:
-    """All batches of a part, in units of `unit_hours` of audio or a little more, the same at every call: they
-    do not depend on who will do them. UserError for a part without cuts.
+def work_units(cuts: Sequence[Cut], parts: str, max_duration_s: float, unit_hours: float) -> List[Unit]:
+    """All batches of `cuts`, in units of `unit_hours` of audio or a little more, the same at every call: they
+    do not depend on who will do them. UserError where there are no cuts.
     """
     if not cuts:
-        raise UserError(f"part {part} has no cuts: there is nothing to label")
+        raise UserError(f"part {parts} has no cuts: there is nothing to label")
     units: List[Unit] = []
     filled_s = float("inf")
-    for batch in batches_by_duration(cuts, max_duration_s, part):
+    for batch in batches_by_duration(cuts, max_duration_s, parts):
         if filled_s >= 3600 * unit_hours:
             units.append([])
             filled_s = 0.0
@@ -157,7 +157,7 @@ def work_units(cuts: Sequence[Cut], part: str, max_duration_s: float, unit_hours
 
 
 def cuts_sha256(cuts: Sequence[Cut]) -> str:
-    """Hash of the ids and durations of a part's cuts, in their order."""
+    """Hash of the ids and durations of the cuts to be labelled, in their order."""
     digest = hashlib.sha256()
     for cut in cuts:
         digest.update(json.dumps([cut.id, round(cut.duration, 4)]).encode())

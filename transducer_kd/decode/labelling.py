@@ -47,12 +47,15 @@ class Labeller:
             "dim": self.dim,
         }
 
-    def load_part(self, fbank_dir: Path, part: str) -> List[Any]:
-        """The cuts of a part that is to be labelled; they need no transcript. UserError for one that is no
-        utterance, or has no features where they are not computed on the fly.
+    def load_parts(self, fbank_dir: Path, parts: Sequence[str]) -> List[Any]:
+        """The cuts of the parts that are to be labelled; they need no transcript. UserError for one that is
+        no utterance, is in two parts, or has no features where they are not computed on the fly.
         """
-        cuts = load_cuts(fbank_dir, part)
-        for cut in cuts:
+        found = {}
+        for part, cut in ((name, cut) for name in parts for cut in load_cuts(fbank_dir, name)):
+            if cut.id in found:
+                raise UserError(f"part {part}: cut {cut.id} was there before; leave out what holds it twice")
+            found[cut.id] = cut
             if len(cut.supervisions) > 1:
                 raise UserError(
                     f"part {part}: cut {cut.id} has {len(cut.supervisions)} supervisions, 1 is needed; "
@@ -63,7 +66,7 @@ class Labeller:
                     f"part {part}: cut {cut.id} has no features; run local/compute_fbank.py without "
                     "--on-the-fly-feats"
                 )
-        return cuts
+        return list(found.values())
 
     def label_units(self, folder: Path, units: Sequence[Any], mine: Sequence[int]) -> None:
         """Label those of `units` whose numbers are in `mine` and that are not done yet.
