@@ -40,8 +40,18 @@ def write_phase(exp_dir, name, records, deployed=5, **config):
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps(records))
     (folder / "config.json").write_text(json.dumps({"corpus": "synthetic", "scale": "mini", **config}))
-    meta = {"commit": "abc123", "command": "local/train.py", "versions": {"torch": "1.13.1"}}
-    meta["parameters"] = {} if deployed is None else {"deployed": deployed}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    write_meta(folder, {}, deployed)
     write_lines(folder / "train_log.jsonl", TRAIN_LOG)
     return folder
+
+
+def write_meta(folder, came_from, deployed):
+    """came_from: {"init" | "teacher" | "labels": origins(...)}"""
+    meta = {"commit": "abc123", "command": "local/train.py", "versions": {"torch": "1.13.1"}}
+    meta["parameters"] = {} if deployed is None else {"deployed": deployed}
+    (folder / "meta.json").write_text(json.dumps({**meta, "origins": came_from}))
+
+
+def origins(path, **more):
+    """One origin, as meta.json names it."""
+    return {"path": str(path), "checkpoint": "epoch-5", "sha256": f"of {path.name}", **more}
