@@ -88,7 +88,7 @@ def main() -> int:
         batches = progress(data.test_batches(part, args.max_duration), desc=f"delays of {part}")
         found[part] = alignment.measure_delay(loaded.model, reference.model, batches, part)
         logging.info("%s: %s", part, found[part].line())
-    origin = build._origin("", reference.checkpoint, reference.model.state_dict())
+    origin = build.origin_of("", reference.checkpoint, reference.model.state_dict())
     encoder = loaded.config.model.encoder
     delays = {
         "reference": {

@@ -110,7 +110,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     cuts = labeller.load_parts(fbank_dir, args.parts.split(","))
     units = pseudo_labels.work_units(cuts, args.parts, args.max_duration, args.unit_hours)
     run = {
-        "teacher": build._origin(str(args.exp_dir), loaded.checkpoint, loaded.model.state_dict()),
+        "teacher": build.origin_of(str(args.exp_dir), loaded.checkpoint, loaded.model.state_dict()),
         "part": args.parts,
         "cuts_sha256": pseudo_labels.cuts_sha256(cuts),
         "max_duration_s": args.max_duration,

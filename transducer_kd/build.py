@@ -102,7 +102,7 @@ def build_teacher(config: cfg.TeacherConfig, tokenizer: Tokenizer) -> Tuple[Froz
             f"the teacher {path} has {model.vocab_size} classes and the "
             f"student {tokenizer.vocab_size}; they need the same BPE model"
         )
-    return Frozen(model), _origin(path, checkpoint, model.state_dict())
+    return Frozen(model), origin_of(path, checkpoint, model.state_dict())
 
 
 def _check_no_labels(config: cfg.PhaseConfig) -> None:
@@ -183,7 +183,7 @@ def _start_from(model: Transducer, init: cfg.InitConfig, tokenizer: Tokenizer) -
     model.load_state_dict({**reference, **state})
     fresh = sorted({_part(k) for k in reference} - {_part(k) for k in state})
     logging.info("begun from %s of %s; fresh: %s", checkpoint, init.exp_dir, " ".join(fresh) or "nothing")
-    origin: Dict[str, Any] = _origin(init.exp_dir, checkpoint, state)
+    origin: Dict[str, Any] = origin_of(init.exp_dir, checkpoint, state)
     if "selected_from" in content:  # by local/compress.py: they are still those of another phase
         origin["selected_from"] = content["selected_from"]
     return origin
@@ -193,7 +193,8 @@ def _part(key: str) -> str:
     return key.split(".")[0]
 
 
-def _origin(path: str, checkpoint: str, state: Dict[str, torch.Tensor]) -> Dict[str, str]:
+def origin_of(path: str, checkpoint: str, state: Dict[str, torch.Tensor]) -> Dict[str, str]:
+    """Where weights come from: the sha256 is of the names and values of the state dict."""
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode())
