@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from transducer_kd.log import UserError
-from transducer_kd.report import collect, html, phases, plots, systems, text
+from transducer_kd.report import collect, html, phases, plots, systems, tables, text
 
 sys.path.insert(0, str(Path(__file__).parent))
 from made_up import origins, record, write_done, write_lines, write_meta, write_phase  # noqa: E402
@@ -215,6 +215,7 @@ def test_emission_delay_by_hand(root, no_figures):
     told = "Reference model: teacher for step2, step3; step1 for scratch."
     assert systems.side_by_side_notes(report)[-1].endswith(told)
     assert "2.25 [-0.50, 3.00] (90)" in html.render(report, "") and "(90)" in text.markdown_section(report)
+    assert ["step3: emission delay by", "commit unknown, unknown"] in tables.provenance_rows(report)
 
 
 @pytest.mark.parametrize(
@@ -254,11 +255,16 @@ def test_a_readme_keeps_the_parts_of_other_recipes(root, tmp_path):
     assert "| step3 |" in once and "| noinit_step1 |" not in once
     text.update_block(path, report)
     assert path.read_text() == once
+    alone = {**report, "recipe": "alone", "phases": report["phases"][:1], "records": report["records"][:1]}
+    text.update_block(path, alone)
+    text.update_block(path, alone)
+    assert path.read_text().count("\nalone: synthetic, mini. Beside each rate") == 1
     # Another scale of a recipe replaces its part, where it stands.
     text.update_block(path, {**report, "recipe": "two_pass", "scale": "small"})
     again = path.read_text()
     assert old not in again and again.count("progressive: synthetic, mini.") == 1
-    assert re.findall(r"^([\w-]+): synthetic, (\w+)\.$", again, re.MULTILINE) == [
+    assert re.findall(r"^([\w-]+): synthetic, (\w+)\.", again, re.MULTILINE) == [
         ("two_pass", "small"),
         ("progressive", "mini"),
+        ("alone", "mini"),
     ]

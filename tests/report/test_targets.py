@@ -11,7 +11,7 @@ from transducer_kd.log import UserError
 from transducer_kd.report import collect, html, systems, targets, text
 
 sys.path.insert(0, str(Path(__file__).parent))
-from made_up import origins, record, write_done, write_lines, write_meta, write_phase  # noqa: E402
+from made_up import ROOT, origins, record, write_done, write_lines, write_meta, write_phase  # noqa: E402
 
 LARGE, SMALL = {"num_layers": 4, "dropout": 0.0}, {"num_layers": 2, "chunk_size": 8}
 # phase: (encoder, WER, labelled by, what it learns from, compare_with)
@@ -195,12 +195,13 @@ def test_phases_are_stale_whose_labels_are_of_a_model_that_was_trained_again(roo
 
 
 def test_label_sets_by_hand(root, no_figures):
-    write_labels(root, "q1", soft=None, label_wer=None, dropped={})
+    by = {"commit": "c0ffee", "command": f"{ROOT}/local/pseudo_label.py --x"}
+    write_labels(root, "q1", soft=None, label_wer=None, dropped={}, created_by=by)
     (root / "labels" / "old.old-20260101-000000").mkdir()
     report = collect.collect(root)
     rows = targets.label_rows(report)
     assert rows[0] == [
-        "labelled by", "part", "kept cuts", "kept hours", "dropped cuts", "confidence 5/25/50/75/95 %",
+        "labelled by", "part", "kept cuts", "kept hours", "dropped cuts", "confidence, percentiles 5/25/50/75/95",
         "label WER all %", "label WER kept %", "soft targets", "MB per hour",
     ]  # fmt: skip
     confidence = "0.70/0.80/0.90/0.95/0.99"
@@ -210,6 +211,7 @@ def test_label_sets_by_hand(root, no_figures):
     assert rows[3] == ["teacher", "unlabelled", "1,150", "1.05", *wide]
     for made in (html.render(report, ""), text.markdown_section(report)):
         assert "confidence 1,040" in made and "for information" in made
+        assert "labels of q1: made by" in made and "commit c0ffee, local/pseudo_label.py --x" in made
     for name in ("teacher", "q1", "q2"):
         (root / "labels" / name / "summary.json").unlink()
     assert "Pseudo-labels" not in html.render(collect.collect(root), "")

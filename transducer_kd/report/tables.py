@@ -130,6 +130,12 @@ def provenance_rows(report: Dict[str, Any]) -> List[Row]:
         devices = {f"{r['device']}, {r.get('num_threads')} threads" for r in own if "device" in r}
         if devices:
             rows.append([f"{name}: decoded on", "; ".join(sorted(devices))])
+        if phase["delay"]:
+            rows.append([f"{name}: emission delay by", _made_by(phase["delay"])])
+    for made in report["labels"]:
+        if made["summary"]:
+            by = made["summary"].get("created_by") or {}
+            rows.append([f"labels of {made['name']}: made by", _made_by(by)])
     return rows
 
 
@@ -186,6 +192,11 @@ def rescored_text(report: Dict[str, Any]) -> str:
 
 
 # Cells
+
+
+def _made_by(origin: Dict[str, Any]) -> str:
+    commit, command = (str(origin.get(name, "unknown")) for name in ("commit", "command"))
+    return f"commit {commit}, {relative(command)}"
 
 
 def wer_cell(record: Dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from transducer_kd.report.tables import Row, number
 
 TITLE = "Soft targets against hard ones, of the same pseudo-labels"
 LABELS_NOTE = (
-    "Confidence: probability per token of the labels, percentiles. Label WER: against the references that "
+    "Confidence: probability per token, of all labels with words. Label WER: against the references that "
     "this speech happens to have; for information, nothing is chosen by it."
 )
 GENERATION_NOTE = (
@@ -32,7 +32,7 @@ _ARMS_DIFFER_IN = {"loss.pseudo_weight", "data.pseudo_labels"}
 def label_rows(report: Dict[str, Any]) -> List[Row]:
     """One row per finished set of pseudo-labels; only a header without."""
     rows = [["labelled by", "part", "kept cuts", "kept hours", "dropped cuts"]]
-    rows[0] += [f"confidence {'/'.join(_PERCENTILES)} %", "label WER all %", "label WER kept %"]
+    rows[0] += [f"confidence, percentiles {'/'.join(_PERCENTILES)}", "label WER all %", "label WER kept %"]
     rows[0] += ["soft targets", "MB per hour"]
     for made in report["labels"]:
         summary = made["summary"]
