@@ -202,7 +202,8 @@ def test_label_sets_by_hand(root, no_figures):
     rows = targets.label_rows(report)
     assert rows[0] == [
         "labelled by", "part", "kept cuts", "kept hours", "dropped cuts",
-        "confidence, percentiles 5/25/50/75/95", "label WER all %", "label WER kept %", "soft targets", "MB per hour",
+        "confidence, percentiles 5/25/50/75/95", "label WER all %", "label WER kept %", "soft targets",
+        "MB per hour",
     ]  # fmt: skip
     confidence = "0.70/0.80/0.90/0.95/0.99"
     assert rows[1][:2] == ["q1", "unlabelled"]
