@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -139,6 +140,7 @@ class TestWholeRun:
             meta = json.loads((smoke.exp / phase / "meta.json").read_text())
             selection = json.loads((smoke.exp / "init" / phase / "selection.json").read_text())
             assert selection["selected_from"] == meta["origins"]["teacher"]
+            assert meta["origins"]["init"]["selected_from"] == meta["origins"]["teacher"]
             assert selection["parameters"]["after"] == meta["parameters"]["deployed"]
 
     def test_controls_begin_fresh(self, smoke):
@@ -152,6 +154,22 @@ class TestWholeRun:
         assert output.count("done already") == 2 + 2 * len(TRAINED)
         assert smoke.stages() == [*before, "report"]
         assert "compress.py" not in output
+
+    def test_another_recipe_takes_the_same_teacher_over_and_trains_one_that_differs(self, smoke):
+        folder = smoke.root / "egs/librispeech/other"
+        shutil.copytree(folder.with_name("progressive"), folder, ignore=shutil.ignore_patterns("exp"))
+        for path, key in ((folder / "run.sh", "recipe="), (folder / "conf/smoke/teacher.yaml", "recipe: ")):
+            path.write_text(path.read_text().replace(f"{key}progressive", f"{key}other"))
+        other, teacher = Project(smoke.root, "other"), smoke.exp / "teacher"
+        output = other.run("--stop-stage", "2")
+        assert "Stage 1: features and BPE: done already" in output
+        assert f"took over the training in {teacher.relative_to(smoke.root)}" in output
+        last = sorted(teacher.glob("epoch-*.pt"))[-1].name
+        assert (other.exp / "teacher" / last).read_bytes() == (teacher / last).read_bytes()
+        assert json.loads((other.exp / "teacher/config.json").read_text())["recipe"] == "other"
+        output = other.run("--stop-stage", "2", "--set", "teacher:train.max_steps=2")
+        assert "Stage 2: teacher: its options changed" in output and "not taking over" in output
+        assert not (other.exp / "teacher" / last).exists()
 
     def test_a_step_that_was_stopped_goes_on_from_the_same_selection(self, smoke):
         long = ("--stage", "3", "--stop-stage", "3", "--set", "step2:train.max_steps=100000")

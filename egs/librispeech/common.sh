@@ -16,7 +16,8 @@
 #   start_recipe                  activates the environment, makes the folders, reads all configurations
 #   data_stages                   stages 0 and 1
 #   train_stage 2 teacher         trains those of these phases that are in `phases`; stages 3 to 5 likewise
-#   last_stages                   stage 6: decodes what is trained, and makes the report
+#   last_stages                   stage 6: decode_stage for what is trained, then the report (a recipe with steps of its
+#                                 own between the two calls them itself)
 #
 # It may define two functions:
 #
