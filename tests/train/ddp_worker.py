@@ -10,21 +10,24 @@ from pathlib import Path
 import torch
 
 from transducer_kd.config import SpecAugmentConfig, load_config
-from transducer_kd.data.batch import Batch
+from transducer_kd.data.batch import collate
 from transducer_kd.models.frozen import Frozen
 from transducer_kd.models.spec_augment import SpecAugment
+from transducer_kd.models.subsampling import subsampled_lens
 from transducer_kd.models.transducer import Transducer
+from transducer_kd.objectives.distill import DistillObjective
 from transducer_kd.objectives.transducer import TransducerObjective
 from transducer_kd.objectives.two_pass import LasObjective, TwoPassObjective
 from transducer_kd.train import checkpoint, ddp
 from transducer_kd.train.trainer import Trainer, Validation
 
 VOCAB = 9
+ENCODER_DIM = 8
 # Feature frames of the utterances of each batch; two batches make an update. Ranks share them out unevenly.
 UTTERANCES = [(71, 40, 55, 90), (39, 62), (48, 48, 80), (95, 33, 60), (66, 51), (58, 44, 45)]
 POISONED = 3  # number of the batch whose last utterance is not a number: its update must be dropped by all
 SETTINGS = (
-    "model.encoder.num_layers=1 model.encoder.encoder_dim=8 model.encoder.num_heads=2 "
+    f"model.encoder.num_layers=1 model.encoder.encoder_dim={ENCODER_DIM} model.encoder.num_heads=2 "
     "model.encoder.feedforward_dim=12 model.encoder.cnn_module_kernel=3 model.encoder.dropout=0 "
     "model.encoder.subsampling_channels=2 model.decoder.decoder_dim=6 model.joiner_dim=7 loss.backend=torch "
     "loss.ctc_weight=0.5 train.accumulate=2 train.max_steps=2 train.valid_every=100 optim.clip_norm=1e9"
@@ -38,6 +41,11 @@ OBJECTIVES = {
     "transducer": [],
     "las": ["objective=las", *LAS],
     "two_pass": ["objective=two_pass", "distill.weight=2", "distill.ranges_from=teacher", *LAS],
+    # Soft targets, on pseudo-labelled utterances alone.
+    "distill": (
+        "objective=distill distill.weight=2 distill.ranges_from=teacher distill.utterances=pseudo "
+        "distill.stored=true teacher.kind=exp_dir loss.pseudo_weight=0"
+    ).split(),
 }
 
 
@@ -54,22 +62,28 @@ def build_objective(name, config):
         return TwoPassObjective(
             model, config.loss, augment, config.distill, config.two_pass, teacher, to_words=str
         )
+    if name == "distill":
+        return DistillObjective(model, config.loss, augment, config.distill, teacher)
     return TransducerObjective(model, config.loss, augment)
 
 
 def make_batch(number, first, last):
-    """Utterances first..last-1 of a batch, padded to the longest of them."""
-    lens = UTTERANCES[number][first:last]
-    features, labels = torch.zeros(len(lens), max(lens), 80), torch.zeros(len(lens), 5, dtype=torch.int64)
-    y_lens = [t // 20 for t in lens]
-    for i, t in enumerate(lens):
-        generator = torch.Generator().manual_seed(100 * number + first + i)
-        features[i, :t] = torch.randn(t, 80, generator=generator)
-        labels[i, : y_lens[i]] = torch.randint(3, VOCAB, (y_lens[i],), generator=generator)
+    """Utterances first..last-1 of a batch, padded to the longest of them.
+
+    In the first update only the first utterances have pseudo-labels, later all others: of two ranks one has
+    none. With a pseudo-label comes what a teacher's encoder might have said.
+    """
+    features, tokens, teacher_out = [], [], []
+    for i, t in enumerate(UTTERANCES[number][first:last], first):
+        generator = torch.Generator().manual_seed(100 * number + i)
+        features.append(torch.randn(t, 80, generator=generator).numpy())
+        tokens.append(torch.randint(3, VOCAB, (t // 20,), generator=generator).tolist())
+        stored = torch.randn(subsampled_lens(t), ENCODER_DIM, generator=generator).numpy()
+        teacher_out.append(stored if (i == 0) == (number < 2) else None)
     if number == POISONED and last == len(UTTERANCES[number]):
-        features[-1, 0] = float("nan")
-    names = [f"cut-{number}-{first + i}" for i in range(len(lens))]
-    return Batch(features, torch.tensor(lens), labels[:, : max(y_lens)], torch.tensor(y_lens), names, names)
+        features[-1][0] = float("nan")
+    names = [f"cut-{number}-{i}" for i in range(first, last)]
+    return collate(features, tokens, names, names, [out is not None for out in teacher_out], teacher_out)
 
 
 def my_batches(epoch, start_batch):

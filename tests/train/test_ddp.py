@@ -1,5 +1,6 @@
 """Several processes: the same gradients as one, and clear words for a wrong environment or device."""
 
+import json
 import os
 import socket
 import subprocess
@@ -48,14 +49,23 @@ def run_two_processes(folder, objective):
     return [torch.load(folder / f"gradients-{rank}.pt") for rank in range(2)]
 
 
+def means_logged(exp_dir):
+    """What the last line of training says, without the times."""
+    lines = [json.loads(line) for line in (exp_dir / "train_log.jsonl").read_text().splitlines()]
+    (line,) = [line for line in lines if line.pop("kind") == "train"]
+    return {name: value for name, value in line.items() if name not in ("audio_s_per_s", "elapsed_s")}
+
+
 @pytest.mark.parametrize("objective", ddp_worker.OBJECTIVES)
 def test_two_processes_give_the_gradients_of_one(tmp_path, objective):
-    """Uneven shares of accumulated batches, one of them poisoned on one rank alone."""
+    """Uneven shares of accumulated batches, one of them poisoned on one rank alone; of the updates with soft
+    targets each has them on one rank alone.
+    """
     alone = ddp_worker.train(tmp_path / "alone", objective)
     ranks = run_two_processes(tmp_path, objective)
     assert len(alone["gradients"]) == 2
     is_las = [name.startswith("las.") for name in alone["gradients"][0]]
-    assert any(is_las) == (objective != "transducer") and all(is_las) == (objective == "las")
+    assert any(is_las) == (objective in ("las", "two_pass")) and all(is_las) == (objective == "las")
     for rank in ranks:
         assert len(rank["gradients"]) == 2
         assert rank["dropped"] == alone["dropped"] == 1
@@ -66,6 +76,10 @@ def test_two_processes_give_the_gradients_of_one(tmp_path, objective):
             for name in expected:
                 scale = expected[name].abs().max().item()
                 torch.testing.assert_close(got[name], expected[name], atol=1e-5 * scale + 1e-7, rtol=1e-3)
+    logged, expected = (means_logged(tmp_path / name) for name in ("exp", "alone"))
+    assert logged == pytest.approx(expected, rel=1e-4)
+    if objective == "distill":
+        assert 0 < logged["kd_share"] < 1 and logged["kd_loss"] > 0
     saved = torch.load(tmp_path / "exp" / "epoch-1.pt")
     assert saved["progress"]["step"] == 2
     # The second rank saves nothing but its own bad batch.
