@@ -87,10 +87,12 @@ def test_speakers_and_variants_are_disjoint_and_test_other_has_unseen_accents():
     heldout = [set(speakers[name]) for name in ("dev", "test-clean", "test-other")]
     assert not set(trained) & set.union(*heldout)
     assert sum(len(s) for s in heldout) == len(set.union(*heldout))
-    accents, variants = ({v.split("+")[i] for v in trained.values()} for i in (0, 1))
+    variants = {voice.split("+")[1] for voice in trained.values()}
     for name in ("dev", "test-clean", "test-other"):
         assert not variants & {v.split("+")[1] for v in speakers[name].values()}
-    assert not accents & {v.split("+")[0] for v in speakers["test-other"].values()}
+    accents = {name: {voice.split("+")[0] for voice in speakers[name].values()} for name in speakers}
+    assert not accents["train"] & accents["test-other"]
+    assert len(accents["unlabelled"] & accents["test-other"]) == 2 and len(accents["test-other"]) == 3
     assert len(set(speakers["train"]) & set(speakers["unlabelled"])) == 12
 
 
