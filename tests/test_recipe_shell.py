@@ -102,10 +102,23 @@ def test_a_phase_that_is_no_longer_what_it_was_made_from_is_not_decoded(shell):
       methods=greedy_search; decode_stage
     """
     output = shell(body)
-    assert "student began with or learnt from weights that were trained anew since" in output
+    assert "student began with or learnt from what was made anew since" in output
     decoded = [line for line in output.splitlines() if line.startswith("RUN python local/decode.py")]
     assert len(decoded) == 1 and "/teacher " in decoded[0]
     assert "--decoding-method greedy_search,streaming_greedy_search" in decoded[0]
+
+
+def test_a_phase_is_stale_when_an_ancestor_of_its_parents_was_trained_anew(shell):
+    body = """
+      begins_with[finetune]=student; phases+=" finetune"
+      cp "$conf_dir/student.yaml" "$conf_dir/finetune.yaml"; mkdir "$exp_root/finetune"
+      train_stage 2 teacher; train_stage 3 student; train_stage 5 finetune
+      is_current finetune && echo CURRENT
+      force=1; train_stage 2 teacher; force=0
+      is_current finetune || echo STALE
+    """
+    output = shell(body)
+    assert "CURRENT" in output and "STALE" in output
 
 
 class TestReuse:

@@ -156,10 +156,13 @@ decode_fingerprint() {
   phase_fingerprint "$1"
   training_ended "$1"
 }
-# Whether phase $1 is trained, and what it was made from is still what is there now.
+# Whether phase $1 is trained, and what it was made from is still what is there now, back to the first.
 is_current() {
-  local lines line
+  local lines line other
   [ -e "$exp_root/$1/.done" ] || return 1
+  for other in $(parents "$1"); do
+    is_current "$other" || return 1
+  done
   lines=$(dependencies "$1")
   while read -r line; do
     [ -z "$line" ] || grep -qxF "$line" "$exp_root/$1/.done" || return 1
@@ -291,7 +294,7 @@ decode_stage() {
   for phase in $phases; do
     if ! is_current "$phase"; then
       [ ! -e "$exp_root/$phase/.done" ] ||
-        log "Stage 6: $phase began with or learnt from weights that were trained anew since: run its stage; not decoded"
+        log "Stage 6: $phase began with or learnt from what was made anew since: run its stage; not decoded"
       continue
     fi
     these=$methods
