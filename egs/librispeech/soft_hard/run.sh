@@ -13,6 +13,8 @@ source "$recipe_dir/../common.sh"
 
 methods=greedy_search,modified_beam_search
 parse_options "$@"
+[ -z "$teacher_torchscript" ] || fail "recipe soft_hard trains the teacher itself, because some of its students" \
+  "have the teacher's architecture: leave --teacher-torchscript out"
 
 streaming="supervised_streaming hard_streaming soft_streaming softhard_streaming"
 shifts="soft_streaming_shift0 soft_streaming_shift4"
@@ -30,20 +32,21 @@ done
 
 # What is dropped of the labels: local/pseudo_label.py --help. At scale smoke no hypothesis is worth anything.
 filters=(--min-confidence 0.5)
-[ "$scale" != smoke ] || filters=(--min-confidence 0 --max-token-rate 2 --max-repeats 1000)
+[ "$scale" != smoke ] || filters=(--min-confidence 0 --min-token-rate 0 --max-token-rate 2 --max-repeats 1000)
 
+# When the labels of phase $1 were complete; nothing where they are not, or where it was trained anew since.
+labels_ended() {
+  local mark=$exp_root/labels/$1/.done
+  if [ -e "$mark" ] && grep -qxF "$(training_ended "$1")" "$mark"; then sed -n '$p' "$mark"; fi
+}
 # Hooks of the shared stages: a phase is trained on a set of labels, and anew when that was made anew.
 phase_inputs() {
-  local who=${labelled_by[$1]:-} mark
-  [ -n "$who" ] || return 0
-  mark=$exp_root/labels/$who/.done
-  echo "labels of $who: $([ ! -e "$mark" ] || sed -n '$p' "$mark")"
+  local who=${labelled_by[$1]:-}
+  [ -z "$who" ] || echo "labels of $who: $(labels_ended "$who")"
 }
 phase_arguments() {
   local who=${labelled_by[$1]:-}
-  [ -n "$who" ] || return 0
-  [ -e "$exp_root/labels/$who/.done" ] || fail "$exp_root/labels/$who is not complete; run the stage that labels first"
-  arguments+=(--set "data.pseudo_labels=$exp_root/labels/$who")
+  [ -z "$who" ] || arguments+=(--set "data.pseudo_labels=$exp_root/labels/$who")
 }
 
 # $1: stage, $2: the phase that labels the unlabelled parts, $3: how its soft targets are stored
@@ -79,12 +82,16 @@ delay_stage() {
 
 start_recipe
 data_stages
-if [ "$stop_stage" -ge 3 ] && [ -z "$(parts_of unlabelled)" ]; then
-  fail "the corpus has no unlabelled part, which the teacher could label; name one with --unlabelled-parts and run" \
-    "stages 0 and 1 again, for example --corpus librispeech --unlabelled-parts train-clean-360"
+if [ "$stop_stage" -ge 3 ]; then
+  unlabelled=$(parts_of unlabelled)
+  [ -n "$unlabelled" ] || fail "the corpus has no unlabelled part, which the teacher could label; name one with" \
+    "--unlabelled-parts and run stages 0 and 1 again: --corpus librispeech --unlabelled-parts train-clean-360"
 fi
 train_stage 2 teacher
 label_stage 3 teacher float16
+if [ "$stage" -le 4 ] && [ "$stop_stage" -ge 4 ] && [ -z "$(labels_ended teacher)" ]; then
+  fail "the teacher's labels are not complete, or it was trained anew since: run stage 3 first"
+fi
 train_stage 4 $streaming $shifts $self
 label_stage 5 hard_self none
 train_stage 5 hard_self2
