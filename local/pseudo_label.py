@@ -17,7 +17,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Callable, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -46,12 +46,15 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     add("--device", default="auto", help="auto (the GPU where there is one), cpu, cuda or cuda:N")
     add("--num-threads", type=number(0), default=0, help="CPU threads of one operation; 0: torch's choice")
     add = parser.add_argument_group("filters, in this order after that of empty labels").add_argument
-    add("--min-confidence", type=float, default=0.5, help="mean probability of a token (default %(default)s)")
+    add("--min-confidence", type=float, default=0.5, help="P(hypothesis)^(1/tokens) (default %(default)s)")
     add("--min-token-rate", type=float, default=0.02, help="tokens per encoder frame (default %(default)s)")
     add("--max-token-rate", type=float, default=0.6, help="(default %(default)s)")
     add("--max-repeats", type=int, default=3, help="of one to four words in a row (default %(default)s)")
     add("--refilter", action="store_true", help="make a set anew that was frozen with other filters")
     args = parser.parse_args(argv)
+    args.parts = list(dict.fromkeys(part.strip() for part in args.parts.split(",") if part.strip()))
+    if not args.parts:
+        parser.error("--parts names nothing")
     if args.epoch == -1 and (args.avg > 1 or args.use_averaged_model):
         parser.error(
             "--epoch -1 is best-valid.pt, which has no average: leave --avg, --use-averaged-model out"
@@ -87,12 +90,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     # Imported late: --help and a mistyped option should answer at once.
     import torch
 
-    from transducer_kd import build
-    from transducer_kd.data import label_set, pseudo_labels
-    from transducer_kd.decode.labelling import Labeller
-    from transducer_kd.decode.wer import word_error_rate
+    from transducer_kd.data import label_set
     from transducer_kd.train import ddp
-    from transducer_kd.train.experiment import git_commit
 
     limits = (args.min_confidence, args.min_token_rate, args.max_token_rate, args.max_repeats)
     filters = label_set.Filters(*limits)
@@ -100,6 +99,23 @@ def main(argv: Optional[List[str]] = None) -> int:
         torch.set_num_threads(args.num_threads)
     place = ddp.setup(args.device)
     setup_logging(rank=place.rank, world_size=place.world_size)
+    try:
+        summary = label(args, filters, place)
+    finally:
+        ddp.cleanup()
+    if summary is not None:
+        print(label_set.table(summary))
+    return 0
+
+
+def label(args: argparse.Namespace, filters: Any, place: Any) -> Optional[Dict[str, Any]]:
+    """Do the units of this process and, where none is missing then, make the set -> its summary."""
+    from transducer_kd import build
+    from transducer_kd.data import label_set, pseudo_labels
+    from transducer_kd.decode.labelling import Labeller
+    from transducer_kd.decode.wer import word_error_rate
+    from transducer_kd.train.experiment import git_commit
+
     weights = (args.exp_dir, args.epoch, args.avg, args.use_averaged_model)
     loaded = build.load_model(*weights, str(place.device), args.lang_dir)
     as_trained = loaded.config.model.encoder.chunk_size
@@ -107,11 +123,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     labeller = Labeller(loaded, chunk_size, args.beam_size, args.soft)
 
     folder, fbank_dir = args.output_dir, Path(args.fbank_dir or loaded.config.data.fbank_dir)
-    cuts = labeller.load_parts(fbank_dir, args.parts.split(","))
-    units = pseudo_labels.work_units(cuts, args.parts, args.max_duration, args.unit_hours)
+    cuts = labeller.load_parts(fbank_dir, args.parts)
+    parts = ",".join(args.parts)
+    units = pseudo_labels.work_units(cuts, parts, args.max_duration, args.unit_hours)
     run = {
         "teacher": build.origin_of(str(args.exp_dir), loaded.checkpoint, loaded.model.state_dict()),
-        "part": args.parts,
+        "part": parts,
         "cuts_sha256": pseudo_labels.cuts_sha256(cuts),
         "max_duration_s": args.max_duration,
         "unit_hours": args.unit_hours,
@@ -123,12 +140,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     first, step = index * place.world_size + place.rank, num_shards * place.world_size
     labeller.label_units(folder, units, range(first, len(units), step))
     created_by = {"commit": git_commit(), "command": shlex.join(sys.argv)}
-    summary = label_set.finish(
+    return label_set.finish(
         folder, fbank_dir, len(units), filters, args.refilter, word_error_rate, created_by
     )
-    if summary is not None:
-        print(label_set.table(summary))
-    return 0
 
 
 if __name__ == "__main__":

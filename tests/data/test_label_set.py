@@ -250,7 +250,7 @@ def test_nothing_is_finished_while_units_are_missing(labelled):
         load_pseudo_labels(labelled / "labels", labelled / "fbank")
 
 
-def test_a_finished_set_is_frozen_until_it_is_to_be_filtered_anew(labelled):
+def test_a_finished_set_is_frozen_until_it_is_to_be_filtered_anew(labelled, caplog):
     first = finish_set(labelled)
     before = content(labelled)
     assert finish_set(labelled, command="again") == first
@@ -259,8 +259,14 @@ def test_a_finished_set_is_frozen_until_it_is_to_be_filtered_anew(labelled):
         finish_set(labelled, loose)
     assert "(min_confidence: 0.5 -> 0.25, max_repeats: 3 -> 4)" in str(error.value)
     assert "--refilter" in str(error.value) and content(labelled) == before
+    assert "phases that were trained on it have to be trained anew (local/train.py --restart)" in str(
+        error.value
+    )
+    caplog.clear()
     again = finish_set(labelled, loose, refilter=True)
     assert again["kept"]["cuts"] == 4 and again["sha256"] != first["sha256"]
+    changed = f"sha256 {first['sha256'][:12]} -> {again['sha256'][:12]}): train the phases anew"
+    assert changed in caplog.text
     ids = [cut.id for cut in load_pseudo_labels(labelled / "labels", labelled / "fbank")]
     assert ids == ["u0", "u2", "u4", "u5"]
     assert finish_set(labelled, refilter=True)["sha256"] == first["sha256"] and content(labelled) == before
@@ -339,6 +345,24 @@ def test_damaged_units_are_named(labelled):
         finish_set(labelled)
     (units / "00001.jsonl").write_text("".join(lines))
     assert finish_set(labelled)["kept"]["cuts"] == 2
+
+
+def test_soft_files_that_are_damaged_later_do_not_pass_for_finished(labelled):
+    summary = finish_set(labelled)
+    path = labelled / "labels" / "units" / "00001.soft"
+    good = path.read_bytes()
+    for damage in (lambda: path.write_bytes(good[:-1]), lambda: path.unlink()):
+        damage()
+        for again in (finish_set, lambda base: label_set.finished_set(base / "labels", DEFAULT, False)):
+            with pytest.raises(UserError, match="00001.soft is missing or damaged; delete .*00001.jsonl"):
+                again(labelled)
+        # What it says to do helps: the unit is missing then, and is labelled again.
+        lines = path.with_suffix(".jsonl").read_text()
+        path.with_suffix(".jsonl").unlink()
+        assert label_set.finished_set(labelled / "labels", DEFAULT, False) == summary
+        path.write_bytes(good)
+        path.with_suffix(".jsonl").write_text(lines)
+        assert finish_set(labelled) == summary
 
 
 def test_a_part_that_changed_under_the_labels_is_refused(labelled):

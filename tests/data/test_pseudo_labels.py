@@ -9,11 +9,14 @@ import os
 import random
 import struct
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from lhotse import MonoCut
+from lhotse import MonoCut, SupervisionSegment
 
 from transducer_kd.data import pseudo_labels
 from transducer_kd.data.pseudo_labels import (
@@ -21,6 +24,7 @@ from transducer_kd.data.pseudo_labels import (
     join_run,
     pack_soft,
     read_soft_targets,
+    set_sha256,
     soft_row_bytes,
     unpack_soft,
     work_units,
@@ -124,6 +128,30 @@ def test_other_cuts_have_another_hash():
     assert len({cuts_sha256(c) for c in (cuts, *others)}) == 5
 
 
+def test_a_set_is_named_by_its_labels_and_by_what_is_stored_with_them():
+    def name(text="stop", teacher="a", **soft):
+        (cut,) = make_cuts([1.0])
+        cut.supervisions = [SupervisionSegment("s", "r", 0.0, 1.0, text=text)]
+        cut.custom = {
+            "teacher_sha256": teacher,
+            **({"soft": {"offset": 0, "frames": 24, **soft}} if soft else {}),
+        }
+        return set_sha256([cut])
+
+    stored = {"dtype": "int8", "dim": 6}
+    others = [
+        name(),
+        name("go"),
+        name(**stored),
+        name(teacher="b", **stored),
+        name(**{**stored, "dtype": "float16"}),
+        name(**{**stored, "dim": 8}),
+    ]
+    assert len(set(others)) == 6
+    assert name() == name(teacher="b")  # of labels alone it does not matter who made them
+    assert name(**stored) == name(**stored, path="units/00007.soft")
+
+
 @pytest.mark.parametrize(
     "key, value, shown",
     [
@@ -177,6 +205,27 @@ def test_leftovers_of_a_killed_process_go_with_their_own_unit(tmp_path):
     write_unit(tmp_path, 3, [make_label("a")], b"rows")
     names = sorted(p.name for p in (tmp_path / "units").iterdir())
     assert names == [".00004.soft.z.tmp", "00003.jsonl", "00003.soft"]
+
+
+def test_writers_of_one_unit_leave_each_other_alone(tmp_path, monkeypatch):
+    """The second writer comes while the first has its temporary file open."""
+    replace, opened, may_go_on = os.replace, threading.Event(), threading.Event()
+
+    def slow(source, target):
+        if not opened.is_set():
+            opened.set()
+            assert may_go_on.wait(10)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(write_unit, tmp_path, 3, [make_label("a")], b"rows")
+        assert opened.wait(10)
+        second = pool.submit(write_unit, tmp_path, 3, [make_label("a")], b"rows")
+        time.sleep(0.1)
+        may_go_on.set()
+        first.result(), second.result()
+    assert sorted(p.name for p in (tmp_path / "units").iterdir()) == ["00003.jsonl", "00003.soft"]
 
 
 def test_a_disk_without_locks_is_a_clear_error(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ taken up again, the same labels come out, and nothing is done twice.
 import importlib.util
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,8 +164,10 @@ def test_several_parts_make_one_set(label, trained, tmp_path):
     cuts = load_pseudo_labels(tmp_path, trained / "fbank")
     assert [c.id for c in cuts[:3]] == ["other-0", "other-1", "unlabelled-0"]
     assert cuts[1].load_features().shape == (120, 80) and summary_of(tmp_path)["part"] == "other,unlabelled"
+    label(tmp_path, "--parts", " other, unlabelled,,other", "--min-confidence", "0")  # the same, and no other
+    labeller = labelling.Labeller(build.load_model(trained / "exp"), chunk_size=0)
     with pytest.raises(UserError, match="part other: cut other-0 was there before"):
-        label(tmp_path / "twice", "--parts", "other,unlabelled,other")
+        labeller.load_parts(trained / "fbank", ["other", "unlabelled", "other"])
 
 
 def test_without_soft_targets_the_labels_are_the_same(alone, label, tmp_path, trained, capsys):
@@ -205,6 +208,30 @@ def test_another_sharding_goes_on_from_the_units_that_are_there(alone, label, tm
     assert {p: p.stat().st_mtime_ns for p in done} == done and content(tmp_path) == content(alone)
     label(tmp_path, *INT8)
     assert len(searches) == before  # nothing was left to do
+
+
+def test_what_another_job_has_done_meanwhile_is_not_done_again(alone, label, tmp_path, monkeypatch):
+    write, wrote = pseudo_labels.write_unit, []
+
+    def other_is_faster(folder, k, labels, soft):
+        wrote.append(k)
+        write(folder, k, labels, soft)
+        if k == 1:  # while this job was in unit 1
+            for name in ("00003.soft", "00003.jsonl"):
+                shutil.copy(alone / "units" / name, folder / "units" / name)
+
+    monkeypatch.setattr(pseudo_labels, "write_unit", other_is_faster)
+    label(tmp_path, *INT8)
+    assert wrote == [0, 1, 2, 4, 5] and content(tmp_path) == content(alone)
+
+
+def test_every_process_leaves_the_group(label, tmp_path, monkeypatch):
+    left = []
+    monkeypatch.setattr(ddp, "cleanup", lambda: left.append(True))
+    label(tmp_path)
+    with pytest.raises(UserError, match="frozen with other filters"):
+        label(tmp_path, "--min-confidence", "0")
+    assert len(left) == 2
 
 
 def test_ranks_of_torchrun_share_a_shard(alone, label, tmp_path, monkeypatch):
@@ -373,6 +400,7 @@ def test_scores_that_are_not_finite_name_the_cut(label, trained, tmp_path):
         ["--shard", "2/2"], ["--shard", "1"], ["--shard", "-1/2"], ["--shard", "0/0"], ["--soft", "int4"],
         ["--beam-size", "0"], ["--max-duration", "0"], ["--unit-hours", "nan"], ["--epoch", "-2"],
         ["--avg", "0"], ["--chunk-size", "-2"], ["--num-threads", "-1"], ["--epoch", "-1", "--avg", "2"],
+        ["--parts", " ,"],
     ],
 )  # fmt: skip
 def test_senseless_options_are_refused(option, capsys):

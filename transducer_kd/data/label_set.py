@@ -38,7 +38,7 @@ WordErrorRate = Callable[[List[Tuple[str, List[str], List[str]]]], float]
 class Filters:
     """Which labels are kept. UserError for limits that make no sense."""
 
-    min_confidence: float = 0.5
+    min_confidence: float = 0.5  # P(hypothesis)^(1/U)
     min_token_rate: float = 0.02  # tokens per encoder frame (40 ms)
     max_token_rate: float = 0.6
     max_repeats: int = 3  # times that the same one to four words may stand directly after each other
@@ -81,20 +81,31 @@ def most_repeats(words: Sequence[str]) -> int:
 
 def finished_set(folder: Path, filters: Filters, refilter: bool) -> Optional[Dict[str, Any]]:
     """summary.json where the set is finished with these filters, else None. UserError where it was made with
-    other ones, which only `refilter` may change.
+    other ones, which only `refilter` may change, or where a soft file is damaged.
     """
     path = folder / "summary.json"
     summary = read_json(path) if path.exists() else None
     if summary is None or summary["filters"] == asdict(filters):
+        if summary is not None and summary["soft"]:
+            _check_soft(folder, summary["soft"])
         return summary
     if refilter:
         return None
     there, here = summary["filters"], asdict(filters)
     shown = ", ".join(f"{name}: {there[name]} -> {here[name]}" for name in here if there[name] != here[name])
     raise UserError(
-        f"{folder} holds a set that is frozen with other filters ({shown}), and phases may have been trained "
-        "on it; give the same filters, or --refilter to make it anew (nothing is decoded again)"
+        f"{folder} holds a set that is frozen with other filters ({shown}); give the same, or --refilter to "
+        "make it anew. Nothing is decoded again, but phases that were trained on it have to be trained anew "
+        "(local/train.py --restart)"
     )
+
+
+def _check_soft(folder: Path, soft: Dict[str, Any]) -> None:
+    """UserError where a soft file is damaged. Their sizes together are quick to check; if wrong, each is."""
+    units = folder / "units"
+    if sum(path.stat().st_size for path in units.glob("*.soft")) != soft["bytes"]:
+        for path in sorted(units.glob("*.jsonl")):
+            read_unit(folder, int(path.stem), soft_row_bytes(soft["dim"], soft["dtype"]))
 
 
 def finish(
@@ -138,8 +149,10 @@ class _Merge:
         self.reasons = [filters.reason(label) for label in self.labels]
 
     def write(self, word_error_rate: WordErrorRate, created_by: Dict[str, str]) -> Dict[str, Any]:
+        path = self.folder / "summary.json"
+        earlier = read_json(path)["sha256"] if path.exists() else ""
         # First, so that nobody takes what is half the old set for finished.
-        (self.folder / "summary.json").unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         for leftover in self.folder.glob(".*.tmp"):  # of a killed process
             leftover.unlink()
         summary = {**self._summary(), "label_wer": self._label_wer(word_error_rate)}
@@ -158,8 +171,15 @@ class _Merge:
                 "loosen them, or train the teacher further"
             )
         summary.update(sha256=set_sha256(kept), created_by=created_by)
-        write_json(self.folder / "summary.json", summary)
+        write_json(path, summary)
         logging.info("%s: kept the labels of %d of %d cuts", self.folder, len(kept), len(self.cuts))
+        if earlier not in ("", summary["sha256"]):
+            logging.warning(
+                "%s is another set now (sha256 %.12s -> %.12s): train the phases anew that learnt from it",
+                self.folder,
+                earlier,
+                summary["sha256"],
+            )
         return summary
 
     def _labelled(self, i: int) -> Cut:

@@ -8,9 +8,9 @@ work, a killed job loses at most the unit it was in, and every arm of a comparis
     dropped.jsonl       the others, each with the reason that dropped it
     summary.json        counts, hours, filters, sizes; written last: the set is finished (label_set.py)
 
-A line of a unit has the keys of LABEL_KEYS: score is the log-probability of the best hypothesis, confidence
-exp(score / num_tokens), the geometric mean of the tokens' probabilities; frames is T', soft [offset in bytes,
-T'] or null, seconds the cut's share of the time that its batch took.
+A line of a unit has the keys of LABEL_KEYS: score is log P of the best hypothesis, to which the blanks of all
+frames belong, confidence is P^(1/U) for its U tokens; frames is T', soft [offset in bytes, T'] or null, and
+seconds the cut's share of the time that its batch took.
 
 A soft file is rows, one for each encoder frame, those of a cut together; little-endian, D = encoder_dim:
 
@@ -70,10 +70,14 @@ def load_pseudo_labels(folder: Path, fbank_dir: Path) -> List[Cut]:
 
 
 def set_sha256(cuts: Sequence[Cut]) -> str:
-    """The name of a frozen set: hash of its ids and labels."""
+    """The name of a frozen set: hash of its ids, its labels and, where the teacher is stored, whose encoder
+    output that is, its type and dimension.
+    """
     digest = hashlib.sha256()
     for cut in cuts:
-        digest.update(json.dumps([cut.id, cut_text(cut)]).encode())
+        soft = (cut.custom or {}).get("soft")
+        stored = [cut.custom["teacher_sha256"], soft["dtype"], soft["dim"]] if soft else []
+        digest.update(json.dumps([cut.id, cut_text(cut), *stored]).encode())
     return digest.hexdigest()
 
 
@@ -169,7 +173,6 @@ def join_run(folder: Path, run: Dict[str, Any]) -> None:
     differs.
     """
     path = folder / "run.json"
-    folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         if not path.exists():
             write_json(path, run)
@@ -191,13 +194,14 @@ def is_done(folder: Path, k: int) -> bool:
 def write_unit(folder: Path, k: int, labels: Sequence[Label], soft: bytes) -> None:
     """Keep what was found for unit k; soft: its soft file. UserError when the disk is full."""
     path = _unit_path(folder, k)
-    for leftover in path.parent.glob(f".{path.stem}.*.tmp"):  # of a killed process
-        leftover.unlink()
-    if soft:
-        with atomic_write(path.with_suffix(".soft"), "wb") as f:
-            f.write(soft)
-    with atomic_write(path) as f:
-        f.writelines(json.dumps(label, ensure_ascii=False) + "\n" for label in labels)
+    with locked(folder):
+        for leftover in path.parent.glob(f".{path.stem}.*.tmp"):  # of a killed process: no other is writing
+            leftover.unlink()
+        if soft:
+            with atomic_write(path.with_suffix(".soft"), "wb") as f:
+                f.write(soft)
+        with atomic_write(path) as f:
+            f.writelines(json.dumps(label, ensure_ascii=False) + "\n" for label in labels)
 
 
 def read_unit(folder: Path, k: int, row_bytes: int) -> List[Label]:
@@ -221,6 +225,7 @@ def _unit_path(folder: Path, k: int) -> Path:
 def locked(folder: Path) -> Iterator[None]:
     """One process at a time, on whichever machine; the system frees the lock of a process that dies."""
     path = folder / ".lock"
+    folder.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX)

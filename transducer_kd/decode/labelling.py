@@ -69,7 +69,7 @@ class Labeller:
         return list(found.values())
 
     def label_units(self, folder: Path, units: Sequence[Any], mine: Sequence[int]) -> None:
-        """Label those of `units` whose numbers are in `mine` and that are not done yet.
+        """Label those of `units` whose numbers are in `mine` and that nobody has done when their turn comes.
 
         UserError when the disk cannot hold the soft targets, for features that cannot be read, or a score
         that is not finite.
@@ -79,6 +79,8 @@ class Labeller:
         needed = frames * pseudo_labels.soft_row_bytes(self.dim, self.soft)
         check_disk_space(folder, needed, "storing the teacher's encoder output")
         for k in progress(todo, total=len(todo), desc="units labelled"):
+            if pseudo_labels.is_done(folder, k):  # by a job whose shard overlaps ours
+                continue
             labels, rows = zip(*(pair for cuts in units[k] for pair in self._label(cuts)))
             offset = 0
             for label, own in zip(labels, rows):
