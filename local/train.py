@@ -67,12 +67,9 @@ def main() -> int:
 
     processes = ddp.setup(args.device)
     try:
-        if args.restart and processes.rank == 0:
-            experiment.set_aside(args.exp_dir)
-        ddp.barrier()
-        setup_logging(
-            args.exp_dir / "log" / f"log-train-{processes.rank}.txt", processes.rank, processes.world_size
-        )
+        log_file = args.exp_dir / "log" / f"log-train-{processes.rank}.txt"
+        # With --restart, what is in exp_dir may yet move.
+        setup_logging(None if args.restart else log_file, processes.rank, processes.world_size)
         if config.train.num_threads:
             torch.set_num_threads(config.train.num_threads)
         if args.resume and checkpoint.find_resume_point(args.exp_dir) is None:
@@ -81,6 +78,20 @@ def main() -> int:
             )
         tokenizer = build.build_tokenizer(config.data)
         objective, origins = build.build_objective(config, tokenizer)
+        data = build.build_data(
+            config.data, tokenizer, processes.world_size, processes.rank, config.distill.stored
+        )
+        validator = build.Validator(data, tokenizer, config.train.valid_wer_utterances, processes.device)
+        trainer = Trainer(
+            objective, config, args.exp_dir, processes.device, data.train_batches, validator, tokenizer.sha256
+        )
+        if args.restart:
+            data.load_training()
+            ddp.barrier()  # no process was refused anything: the earlier run has to make room
+            if processes.rank == 0:
+                experiment.set_aside(args.exp_dir)
+            ddp.barrier()
+            setup_logging(log_file, processes.rank, processes.world_size)
         if args.reuse:
             ddp.barrier()  # all log files are open, and move with their folder
             is_taken = processes.rank == 0 and reuse.take_over(
@@ -98,13 +109,6 @@ def main() -> int:
             logging.info("%s/%s, loss on %s", config.recipe, config.phase, objective.backend)
             logging.info("parameters\n%s", model.parameter_table())
         ddp.barrier()
-        data = build.build_data(
-            config.data, tokenizer, processes.world_size, processes.rank, config.distill.stored
-        )
-        validator = build.Validator(data, tokenizer, config.train.valid_wer_utterances, processes.device)
-        trainer = Trainer(
-            objective, config, args.exp_dir, processes.device, data.train_batches, validator, tokenizer.sha256
-        )
         finished = trainer.run()
     finally:
         ddp.cleanup()

@@ -146,8 +146,9 @@ def _check_labels(
     if config.distill.stored and by["sha256"] != teacher["sha256"]:
         raise UserError(
             f"distill.stored=true, but data.pseudo_labels={folder} is by {by['checkpoint']} of {by['path']} "
-            f"and the teacher is {teacher['checkpoint']} of {teacher['path']}, whose weights differ; use the "
-            "same, or set distill.stored=false to run the teacher"
+            f"and the teacher is {teacher['checkpoint']} of {teacher['path']}, whose weights differ; label "
+            "again with local/pseudo_label.py (run.sh: the stage that labels), use the same teacher, or set "
+            "distill.stored=false to run it"
         )
     return {"path": str(folder), "checkpoint": by["checkpoint"], "sha256": summary["sha256"]}
 

@@ -391,6 +391,16 @@ def test_labels_of_which_none_can_be_used_are_refused(build, label):
         next(build(pseudo_labels=folder).train_batches(1))
 
 
+def test_a_part_that_is_labelled_and_pseudo_labelled_is_refused(build, label):
+    folder, numbers = label()
+    data = build(pseudo_labels=folder, train_parts=["train", "test"])
+    for _ in range(2):  # nothing of it is kept
+        with pytest.raises(UserError) as error:
+            next(data.train_batches(1))
+        assert f"cut {min(numbers)} is in data.train_parts=train,test" in str(error.value)
+        assert f"data.pseudo_labels={folder}: a part cannot be both" in str(error.value)
+
+
 FAILING_LOADER = """
 import os, signal, sys
 from transducer_kd.data.datamodule import _load

@@ -116,14 +116,7 @@ class DataModule:
 
     def _draw(self, epoch: int) -> Iterator[List[Cut]]:
         """The cuts of this rank's batches, in order."""
-        if self._train_cuts is None:
-            self._train_cuts = self._load_train()
-            self._pseudo_cuts = self._load_pseudo() if self.cfg.pseudo_labels else []
-            # The same in every epoch. A bucket should hold a few batches; else most of them are left half
-            # full at the end of an epoch.
-            first = self._cuts_of_epoch(1)
-            fitting = sum(c.duration for c in first) / (4 * self.cfg.max_duration_s * self.world_size)
-            self._bins = duration_bins(first, min(self.cfg.num_buckets, int(fitting)))
+        self.load_training()
         cuts = self._cuts_of_epoch(epoch)
         if not cuts:
             return
@@ -160,6 +153,26 @@ class DataModule:
         return self._train_cuts + piece_of_epoch(self._pseudo_cuts, wanted_s, epoch, self.cfg.seed)
 
     # ---------------------------------------------------------------- cuts
+
+    def load_training(self) -> None:
+        """Read the manifests of what is trained on, once. UserError for whatever is wrong with them."""
+        if self._train_cuts is not None:
+            return
+        train = self._load_train()
+        pseudo = self._load_pseudo() if self.cfg.pseudo_labels else []
+        twice = {cut.id for cut in train} & {cut.id for cut in pseudo}
+        if twice:
+            raise UserError(
+                f"cut {min(twice)} is in data.train_parts={','.join(self.cfg.train_parts)} and in "
+                f"data.pseudo_labels={self.cfg.pseudo_labels}: a part cannot be both; leave it out of "
+                "data.train_parts, or label other parts"
+            )
+        self._train_cuts, self._pseudo_cuts = train, pseudo
+        # The same in every epoch. A bucket should hold a few batches; else most of them are left half full
+        # at the end of an epoch.
+        first = self._cuts_of_epoch(1)
+        fitting = sum(c.duration for c in first) / (4 * self.cfg.max_duration_s * self.world_size)
+        self._bins = duration_bins(first, min(self.cfg.num_buckets, int(fitting)))
 
     def _load_train(self) -> List[Cut]:
         kept: List[Cut] = []
