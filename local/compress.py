@@ -61,7 +61,6 @@ def main() -> int:
     state = {name: value for name, value in selected.items() if name in own and not name.startswith("las.")}
     content = {
         "model": state,
-        "model_avg": {name: value.double() for name, value in state.items()},
         "config": to_dict(config),
         "bpe_sha256": tokenizer.sha256,
         "selected_from": origin,

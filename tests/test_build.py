@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from transducer_kd import build
 from transducer_kd.config import TeacherConfig, load_config, to_dict
 from transducer_kd.data.batch import Batch
-from transducer_kd.data.pseudo_labels import read_json
 from transducer_kd.data.tokenizer import train_bpe
-from transducer_kd.log import UserError, write_json
+from transducer_kd.log import UserError, read_json, write_json
 from transducer_kd.objectives.distill import DistillObjective
 from transducer_kd.objectives.transducer import TransducerObjective
 from transducer_kd.objectives.two_pass import LasObjective, TwoPassObjective
@@ -155,7 +154,6 @@ def test_selected_weights_name_the_phase_that_they_are_from(tokenizer, tmp_path)
     origin = {"path": "exp/teacher", "checkpoint": "epoch-9", "sha256": "c" * 64}
     content = {
         "model": selected.state_dict(),
-        "model_avg": ckpt.start_running_average(selected),
         "config": to_dict(config),
         "bpe_sha256": tokenizer.sha256,
         "selected_from": origin,

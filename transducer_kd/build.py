@@ -10,11 +10,10 @@ import torch
 
 from transducer_kd import config as cfg
 from transducer_kd.data.datamodule import DataModule
-from transducer_kd.data.pseudo_labels import read_json
 from transducer_kd.data.tokenizer import Tokenizer, check_same_tokens
 from transducer_kd.decode import wer
 from transducer_kd.decode.greedy import greedy_search
-from transducer_kd.log import UserError
+from transducer_kd.log import UserError, read_json
 from transducer_kd.models.frozen import Frozen
 from transducer_kd.models.scripted import load_scripted
 from transducer_kd.models.spec_augment import SpecAugment
@@ -25,7 +24,7 @@ from transducer_kd.objectives.distill import DistillObjective
 from transducer_kd.objectives.transducer import TransducerObjective
 from transducer_kd.objectives.two_pass import LasObjective, TwoPassObjective
 from transducer_kd.train import checkpoint as ckpt
-from transducer_kd.train import experiment, faults
+from transducer_kd.train import faults
 from transducer_kd.train.trainer import Validation
 
 
@@ -280,7 +279,7 @@ def load_model(
     config = cfg.from_dict(content["config"], str(exp_dir))
     written = exp_dir / "config.json"
     if written.is_file():  # of a training that was taken over, the checkpoints name the recipe that ran it
-        config.recipe = experiment.read_json(written).get("recipe", config.recipe)
+        config.recipe = read_json(written).get("recipe", config.recipe)
     config.data.lang_dir = lang_dir or config.data.lang_dir
     tokenizer = build_tokenizer(config.data)
     _check_bpe(exp_dir, content, tokenizer)

@@ -272,6 +272,14 @@ def to_dict(config: Any) -> Dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def flat(tree: Dict[str, Any], prefix: str = "") -> Dict[str, Any]:
+    """{"a.b": value} of nested dicts."""
+    out: Dict[str, Any] = {}
+    for key, value in tree.items():
+        out.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return out
+
+
 def _read_yaml(path: Path) -> Dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as f:

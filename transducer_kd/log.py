@@ -141,6 +141,16 @@ def write_json(path: Path, value: Any) -> None:
         f.write("\n")
 
 
+def read_json(path: Path, mend: str = "move it away and make it again") -> Any:
+    """What a JSON file holds. UserError that says what to do (`mend`) where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except ValueError as e:
+        raise UserError(f"{path} is not valid JSON ({e}); {mend}") from None
+
+
 def read_jsonl(path: Path, needed: Tuple[str, ...]) -> List[Dict[str, Any]]:
     """Objects of a JSON-lines file, [] where there is none; a last line cut short by a kill is left out.
 

@@ -16,6 +16,7 @@ from transducer_kd.data.batch import Batch
 from transducer_kd.data.tokenizer import train_bpe
 from transducer_kd.log import UserError
 from transducer_kd.train import checkpoint as ckpt
+from transducer_kd.train import experiment
 
 PROGRAM = Path(__file__).resolve().parents[2] / "local" / "compress.py"
 TEXTS = ["TURN ON THE LIGHTS", "PLAY MUSIC", "SET A TIMER FOR TEN MINUTES"]
@@ -169,6 +170,14 @@ def test_a_ctc_head_is_left_behind_or_begins_fresh(place, compress, tmp_path, ca
     with caplog.at_level(logging.INFO):
         assert begun(place, init, *SMALLER)[0].model.ctc_output is not None
     assert "fresh: ctc_output" in caplog.text
+
+
+def test_what_was_selected_is_no_training_that_goes_on(place, compress):
+    init = compress(*SMALLER)
+    assert not {"model_avg", "progress"} & ckpt.load_checkpoint(init / "epoch-1.pt").keys()
+    with pytest.raises(UserError, match="init holds weights and no config.json.*local/compress.py made it"):
+        experiment.prepare_exp_dir(init, configure(place, *SMALLER), 1)
+    assert sorted(path.name for path in init.iterdir()) == ["epoch-1.pt", "selection.json"]
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_the_same_weights_elsewhere_are_the_same_run(tmp_path):
     teacher = {"path": "moved/teacher", "checkpoint": "epoch-2", "sha256": RUN["teacher"]["sha256"]}
     join_run(tmp_path, {**RUN, "teacher": teacher})
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(UserError, match="run.json is not JSON; delete"):
+    with pytest.raises(UserError, match="run.json is not valid JSON .*; delete"):
         join_run(tmp_path, RUN)
 
 

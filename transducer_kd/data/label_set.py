@@ -18,13 +18,12 @@ from transducer_kd.data.pseudo_labels import (
     Label,
     is_done,
     locked,
-    read_json,
     read_unit,
     set_sha256,
     soft_row_bytes,
 )
 from transducer_kd.data.validate import save_manifest
-from transducer_kd.log import UserError, atomic_write, write_json
+from transducer_kd.log import UserError, atomic_write, read_json, write_json
 
 REASONS = ("empty", "confidence", "length ratio", "repetition")  # in the order in which they are tried
 _PERCENTILES = (5, 25, 50, 75, 95)

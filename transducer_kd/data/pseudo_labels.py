@@ -28,9 +28,10 @@ from typing import Any, Dict, Iterator, List, Sequence
 import numpy as np
 from lhotse.cut import Cut
 
+from transducer_kd.config import flat
 from transducer_kd.data.dataset import batches_by_duration, cut_text
 from transducer_kd.data.manifests import read_manifest
-from transducer_kd.log import UserError, atomic_write, read_jsonl, write_json
+from transducer_kd.log import UserError, atomic_write, read_json, read_jsonl, write_json
 
 SOFT_TYPES = ("none", "float16", "int8")
 LABEL_KEYS = ("id", "text", "num_tokens", "score", "confidence", "frames", "soft", "seconds")
@@ -176,7 +177,7 @@ def join_run(folder: Path, run: Dict[str, Any]) -> None:
     with locked(folder):
         if not path.exists():
             write_json(path, run)
-        there, here = _flat(read_json(path)), _flat(run)
+        there, here = flat(read_json(path, f"delete {folder} and label again")), flat(run)
     keys = [k for k in sorted({**there, **here}) if there.get(k) != here.get(k) and k not in _MAY_DIFFER]
     if keys:
         shown = ", ".join(f"{k}: {_short(there.get(k))} -> {_short(here.get(k))}" for k in keys)
@@ -234,21 +235,6 @@ def locked(folder: Path) -> Iterator[None]:
                 f"{path} cannot be locked ({e.strerror}); use an --output-dir on another disk"
             ) from e
         yield
-
-
-def read_json(path: Path) -> Dict[str, Any]:
-    """An object that was written here. UserError where it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path} is not JSON; delete {path.parent} and label again") from None
-
-
-def _flat(tree: Dict[str, Any], prefix: str = "") -> Dict[str, Any]:
-    out: Dict[str, Any] = {}
-    for key, value in tree.items():
-        out.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return out
 
 
 def _short(value: Any) -> str:

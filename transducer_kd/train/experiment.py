@@ -4,7 +4,6 @@ config.json   the resolved configuration      meta.json   commit, versions, comm
 """
 
 import importlib.metadata
-import json
 import logging
 import platform
 import subprocess
@@ -15,8 +14,8 @@ from typing import Any, Dict, List, Optional
 
 import torch
 
-from transducer_kd.config import PhaseConfig, from_dict, to_dict
-from transducer_kd.log import UserError, check_disk_space, write_json
+from transducer_kd.config import PhaseConfig, flat, from_dict, to_dict
+from transducer_kd.log import UserError, check_disk_space, read_json, write_json
 from transducer_kd.train import ddp
 
 # Settings that may change between a run and its continuation: they say where and how often, not what is
@@ -49,10 +48,16 @@ def prepare_exp_dir(
     """Create `exp_dir`, or check that what it holds was made with the same configuration, first weights and
     teacher (`origins`, which hold their hashes).
 
-    Raises UserError that lists what differs, or when the disk cannot hold the checkpoints to come.
+    Raises UserError that lists what differs, where its weights are of no training, or when the disk cannot
+    hold the checkpoints to come.
     """
     exp_dir = Path(exp_dir)
-    if (exp_dir / "config.json").exists() and has_checkpoints(exp_dir):
+    if has_checkpoints(exp_dir):
+        if not (exp_dir / "config.json").exists():
+            raise UserError(
+                f"{exp_dir} holds weights and no config.json, so it is no training that could go on; where "
+                "local/compress.py made it, pass it as --set init.exp_dir=... and name another --exp-dir"
+            )
         differing = differences(exp_dir, config, origins)
         if differing:
             raise UserError(
@@ -77,22 +82,14 @@ def has_checkpoints(exp_dir: Path) -> bool:
 def differences(exp_dir: Path, config: PhaseConfig, origins: Optional[Dict[str, Any]]) -> List[str]:
     """What the run in `exp_dir` was made with and `config` and `origins` say otherwise, as "key: old -> new";
     without the settings that may change."""
-    path, meta = exp_dir / "config.json", exp_dir / "meta.json"
+    path, meta, mend = exp_dir / "config.json", exp_dir / "meta.json", "start again with --restart"
     # Through the dataclasses: a setting that did not exist then had what is its default now.
-    a, b = _flat(to_dict(from_dict(read_json(path), str(path)))), _flat(to_dict(config))
+    a, b = flat(to_dict(from_dict(read_json(path, mend), str(path)))), flat(to_dict(config))
     if meta.exists():
-        a.update(_hashes(read_json(meta).get("origins")))
+        a.update(_hashes(read_json(meta, mend).get("origins")))
         b.update(_hashes(origins))
     keys = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and k not in _MAY_CHANGE]
     return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in keys]
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file of an experiment folder. UserError where it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
-        raise UserError(f"{path} is not JSON; start again with --restart") from None
 
 
 def _hashes(origins: Optional[Dict[str, Any]]) -> Dict[str, str]:
@@ -100,16 +97,6 @@ def _hashes(origins: Optional[Dict[str, Any]]) -> Dict[str, str]:
         "pseudo-labels" if name == "labels" else f"weights of {name}": origin["sha256"][:12]
         for name, origin in (origins or {}).items()
     }
-
-
-def _flat(tree: Dict[str, Any], prefix: str = "") -> Dict[str, Any]:
-    out: Dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            out.update(_flat(value, f"{prefix}{key}."))
-        else:
-            out[prefix + key] = value
-    return out
 
 
 def write_meta(exp_dir: Path, extra: Dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Dict, Sequence
 
 from transducer_kd.config import PhaseConfig, to_dict
-from transducer_kd.log import UserError, write_json
+from transducer_kd.log import UserError, read_json, write_json
 from transducer_kd.train import checkpoint as ckpt
 from transducer_kd.train import experiment
 
@@ -43,9 +43,9 @@ def _why_not(folder: Path, config: PhaseConfig, bpe_sha256: str, origins: Dict[s
     if missing or not epochs:
         return f"it has no {missing[0] if missing else 'epoch-N.pt'}"
     try:
-        if experiment.read_json(folder / "meta.json").get("bpe_sha256") != bpe_sha256:
+        if read_json(folder / "meta.json").get("bpe_sha256") != bpe_sha256:
             return "it has another BPE model"
-        recipe = experiment.read_json(folder / "config.json").get("recipe", "")
+        recipe = read_json(folder / "config.json").get("recipe", "")
         differing = experiment.differences(folder, dataclasses.replace(config, recipe=recipe), origins)
         if differing:
             return differing[0]
@@ -60,12 +60,14 @@ def _fill(exp_dir: Path, folder: Path, config: PhaseConfig) -> None:
     made = exp_dir.with_name(f".{exp_dir.name}.taken-over")
     shutil.rmtree(made, ignore_errors=True)  # of a killed process
     made.mkdir(parents=True)
-    for path in [*folder.glob("*.pt"), *folder.glob("train_log.jsonl")]:
+    for path in folder.glob("*.pt"):
         _link(path, made / path.name)
+    for path in folder.glob("train_log.jsonl"):
+        shutil.copy2(path, made / path.name)
     if (folder / "tensorboard").is_dir():
-        shutil.copytree(folder / "tensorboard", made / "tensorboard", copy_function=_link)
+        shutil.copytree(folder / "tensorboard", made / "tensorboard")
     write_json(made / "config.json", to_dict(config))
-    meta = experiment.read_json(folder / "meta.json")
+    meta = read_json(folder / "meta.json")
     write_json(made / "meta.json", {**meta, "reused_from": str(folder)})
     if (exp_dir / "log").is_dir():
         (exp_dir / "log").rename(made / "log")
@@ -75,8 +77,8 @@ def _fill(exp_dir: Path, folder: Path, config: PhaseConfig) -> None:
     made.rename(exp_dir)
 
 
-def _link(source: Any, target: Any) -> None:
-    """Another name for a file, which nobody changes in place; a copy where the disk has no second names."""
+def _link(source: Path, target: Path) -> None:
+    """Another name for a checkpoint, which nobody changes in place; a copy where the disk knows no such."""
     try:
         os.link(source, target)
     except OSError:
