@@ -108,6 +108,16 @@ def test_a_phase_that_is_no_longer_what_it_was_made_from_is_not_decoded(shell):
     assert "--decoding-method greedy_search,streaming_greedy_search" in decoded[0]
 
 
+def test_a_phase_may_begin_with_the_phase_that_teaches_it(shell):
+    body = "begins_with[student]=teacher; train_stage 2 teacher; train_stage 3 student; parents student"
+    output = shell(body)
+    told = [line for line in output.splitlines() if "local/train.py" in line and "/student " in line]
+    assert len(told) == 1
+    for key in ("init", "teacher"):
+        assert f"--set {key}.exp_dir=egs/librispeech/mine/exp/synthetic-smoke/teacher" in told[0]
+    assert output.splitlines()[-1].split() == ["teacher"]
+
+
 def test_a_phase_is_stale_when_an_ancestor_of_its_parents_was_trained_anew(shell):
     body = """
       begins_with[finetune]=student; phases+=" finetune"

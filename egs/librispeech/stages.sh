@@ -130,13 +130,18 @@ phase_fingerprint() {
   file=$(config_value "$1" teacher.torchscript)
   [ -z "$file" ] || echo "$file $(cksum <"$file")"
 }
-# The phases that phase $1 begins with and learns from; a teacher that the user names with --set is none of them.
-parents() {
-  local teacher=${learns_from[$1]:-}
-  if [ "$(config_value "$1" teacher.kind)" != exp_dir ] || [ -n "$(config_value "$1" teacher.exp_dir)" ]; then
-    teacher=""
+# The phase that phase $1 learns from; nothing for a teacher that the user names with --set.
+teacher_of() {
+  if [ "$(config_value "$1" teacher.kind)" = exp_dir ] && [ -z "$(config_value "$1" teacher.exp_dir)" ]; then
+    echo "${learns_from[$1]:-}"
   fi
-  echo "${begins_with[$1]:-} $teacher"
+}
+# The phases that phase $1 begins with and learns from, which may be one.
+parents() {
+  local begin=${begins_with[$1]:-} teacher
+  teacher=$(teacher_of "$1")
+  if [ "$teacher" = "$begin" ]; then teacher=""; fi
+  echo "$begin $teacher"
 }
 # A line for each of phase $1's parents and for whatever else the recipe says that it was made from.
 dependencies() {
@@ -232,15 +237,11 @@ train_stage() {
 
 # Trains phase $1 from what it begins with and learns from.
 train() {
-  local phase=$1 parent arguments=()
-  for parent in $(parents "$phase"); do
-    require_trained "$parent"
-    if [ "$parent" = "${begins_with[$phase]:-}" ]; then
-      arguments+=(--set "init.exp_dir=$exp_root/$parent")
-    else
-      arguments+=(--set "teacher.exp_dir=$exp_root/$parent")
-    fi
-  done
+  local phase=$1 parent begin=${begins_with[$1]:-} teacher arguments=()
+  for parent in $(parents "$phase"); do require_trained "$parent"; done
+  teacher=$(teacher_of "$phase")
+  [ -z "$begin" ] || arguments+=(--set "init.exp_dir=$exp_root/$begin")
+  [ -z "$teacher" ] || arguments+=(--set "teacher.exp_dir=$exp_root/$teacher")
   if declare -F phase_arguments >/dev/null; then phase_arguments "$phase"; fi
   if [ "${#arguments[@]}" = 0 ] && [ "$force" = 0 ]; then add_reusable "$phase"; fi
   train_phase "$phase" ${arguments[@]+"${arguments[@]}"}

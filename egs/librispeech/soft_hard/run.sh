@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Comparison of soft and hard target RNN-T distillation (Hwang et al., ICASSP 2023) and noisy student training. Stage 2:
 # an offline teacher. Stage 3: it labels the unlabelled part, once for all arms. Stage 4: the arms, {hard, soft, both} for
-# a small streaming student and for one of the teacher's own architecture (self), each beside the same student trained on
-# labelled speech alone, for the same updates; the streaming one with several values of frame_shift. Stage 5: a second
-# generation, labelled by the first. Stage 6: every phase decoded, its emission delay measured, the report.
+# a small streaming student and for one that begins with the teacher's weights (self), each beside the same student
+# trained on labelled speech alone, for the same updates; the streaming one with several values of frame_shift. Stage 5:
+# a second generation, labelled by the first. Stage 6: every phase decoded, its emission delay measured, the report.
 #
 #   ./run.sh --recipe soft_hard --stage 0 --stop-stage 6 [options]        ./run.sh --help lists the options
 recipe=soft_hard
@@ -28,6 +28,7 @@ for phase in $phases; do
     *) labelled_by[$phase]=${labelled_by[$phase]:-teacher} ;;
   esac
   case $phase in soft*) learns_from[$phase]=${labelled_by[$phase]} ;; esac
+  case $phase in *_self*) begins_with[$phase]=teacher ;; esac
 done
 
 # What is dropped of the labels: local/pseudo_label.py --help. At scale smoke no hypothesis is worth anything.
