@@ -180,25 +180,25 @@ class TestWholeRun:
                 soft = cuts[-1].custom["soft"]
                 assert read_soft_targets(labels_of(smoke, who), soft).shape == (soft["frames"], 32)
 
-    def test_all_arms_learn_from_one_frozen_set_for_the_same_updates(self, smoke):
+    def test_arms_begin_alike_and_learn_from_one_frozen_set_for_the_same_updates(self, smoke):
         sets = {who: summary_of(smoke, who)["sha256"] for who in LABELLED_BY.values()}
+        teacher = weights_sha256(smoke, "teacher")
         for phase in TRAINED[1:]:
+            names, who = smoke.origins(phase), LABELLED_BY.get(phase)
+            expected = {"init": "teacher"} if phase in SELF + SECOND else {}
+            if who:
+                expected.update({"labels": who}, **({"teacher": who} if phase.startswith("soft") else {}))
+            assert names == expected, phase
             found = read(smoke.exp / phase / "meta.json")["origins"]
-            who, names = LABELLED_BY.get(phase), smoke.origins(phase)
-            if who is None:
-                assert found == {}
-                continue
-            assert found["labels"]["sha256"] == sets[who] and names["labels"] == who
-            assert ("teacher" in found) == phase.startswith("soft")
-            if "teacher" in found:
-                assert found["teacher"]["sha256"] == summary_of(smoke, who)["teacher"]["sha256"]
-                assert names["teacher"] == who
+            assert "labels" not in found or found["labels"]["sha256"] == sets[who], phase
+            by = summary_of(smoke, who)["teacher"]["sha256"] if who else ""
+            assert "teacher" not in found or found["teacher"]["sha256"] == by, phase
+            assert "init" not in found or found["init"]["sha256"] == teacher, phase
         logs = {phase: (smoke.exp / phase / "train_log.jsonl").read_text() for phase in TRAINED[1:]}
-        last = {phase: json.loads(log.splitlines()[-1]) for phase, log in logs.items()}
-        assert {line["step"] for line in last.values()} == {15}
-        assert {phase for phase, log in logs.items() if "kd_loss" in log} == {
-            phase for phase in TRAINED if phase.startswith("soft")
-        }
+        assert {json.loads(log.splitlines()[-1])["step"] for log in logs.values()} == {15}
+        assert [phase for phase, log in logs.items() if "kd_loss" in log] == [
+            phase for phase in logs if phase.startswith("soft")
+        ]
 
     def test_every_student_has_its_delay_behind_the_teacher(self, smoke):
         sha256 = weights_sha256(smoke, "teacher")
@@ -281,11 +281,12 @@ class TestWholeRun:
         assert read(kept / "summary.json") == before
         after = summary_of(smoke, "teacher")["teacher"]["sha256"]
         assert after == weights_sha256(smoke, "teacher") != before["teacher"]["sha256"]
-        # The report leaves out what came from the earlier labels.
+        assert "hard_self is not trained, or was made from what" in smoke.run(*stage("5"), status=1)
+        # The report leaves out what came from the earlier teacher and its labels.
         monkeypatch.setattr(report_phases, "_ROOT", smoke.root)
-        found = collect.collect(smoke.exp)
-        assert {p["name"] for p in found["phases"] if p["is_stale"]} == set(LABELLED_BY)
-        assert sum("is stale" in line for line in found["missing"]) == len(LABELLED_BY)
+        found, stale = collect.collect(smoke.exp), {*LABELLED_BY, "supervised_self"}
+        assert {p["name"] for p in found["phases"] if p["is_stale"]} == stale
+        assert sum("is stale" in line for line in found["missing"]) == len(stale)
         # That is trained again, and the rest is not.
         output = smoke.stop_in("stage-4-hard_streaming.log", ("moved the earlier run",), *stage("4"))
         assert "Stage 4: supervised_streaming: done already" in output

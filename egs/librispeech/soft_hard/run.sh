@@ -14,7 +14,7 @@ source "$recipe_dir/../common.sh"
 methods=greedy_search,modified_beam_search
 parse_options "$@"
 [ -z "$teacher_torchscript" ] || fail "recipe soft_hard trains the teacher itself, because some of its students" \
-  "have the teacher's architecture: leave --teacher-torchscript out"
+  "begin with its weights: leave --teacher-torchscript out"
 
 streaming="supervised_streaming hard_streaming soft_streaming softhard_streaming"
 shifts="soft_streaming_shift0 soft_streaming_shift4"
@@ -35,10 +35,12 @@ done
 filters=(--min-confidence 0.5)
 [ "$scale" != smoke ] || filters=(--min-confidence 0 --min-token-rate 0 --max-token-rate 2 --max-repeats 1000)
 
-# When the labels of phase $1 were complete; nothing where they are not, or where it was trained anew since.
+is_asked() { [ "$1" -ge "$stage" ] && [ "$1" -le "$stop_stage" ]; }
+
+# When the labels of phase $1 were complete; nothing where they are not, or not of what the phase is now.
 labels_ended() {
   local mark=$exp_root/labels/$1/.done
-  if [ -e "$mark" ] && grep -qxF "$(training_ended "$1")" "$mark"; then sed -n '$p' "$mark"; fi
+  if [ -e "$mark" ] && is_current "$1" && grep -qxF "$(training_ended "$1")" "$mark"; then sed -n '$p' "$mark"; fi
 }
 # Hooks of the shared stages: a phase is trained on a set of labels, and anew when that was made anew.
 phase_inputs() {
@@ -53,12 +55,13 @@ phase_arguments() {
 # $1: stage, $2: the phase that labels the unlabelled parts, $3: how its soft targets are stored
 label_stage() {
   local dir=$exp_root/labels/$2
+  is_asked "$1" || return 0
+  is_current "$2" || fail "$2 is not trained, or was made from what was made anew since: run its stage first"
   run_stage "$1" "labels of $2" "$dir/.done" "$(phase_fingerprint "$2"; training_ended "$2"; echo "$3 ${filters[*]}")" \
     label "$2" "$dir" "$3"
 }
 label() {
   local parts
-  require_trained "$1"
   parts=$(parts_of unlabelled)
   # Labels of other weights or with other options are of no use here, but nothing is deleted.
   if [ "$redo" = 1 ] && [ -d "$2" ]; then mv "$2" "$2.old-$(date +%Y%m%d-%H%M%S)"; fi
@@ -90,7 +93,7 @@ if [ "$stop_stage" -ge 3 ]; then
 fi
 train_stage 2 teacher
 label_stage 3 teacher float16
-if [ "$stage" -le 4 ] && [ "$stop_stage" -ge 4 ] && [ -z "$(labels_ended teacher)" ]; then
+if is_asked 4 && [ -z "$(labels_ended teacher)" ]; then
   fail "the teacher's labels are not complete, or it was trained anew since: run stage 3 first"
 fi
 train_stage 4 $streaming $shifts $self
