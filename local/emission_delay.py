@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Measure how much later than a reference model a trained phase emits the tokens of test parts.
+"""Measure how much later than a reference model trained phases emit the tokens of test parts.
 
-  local/emission_delay.py --exp-dir DIR --reference-exp-dir DIR --use-averaged-model \\
+  local/emission_delay.py --exp-dir DIR [DIR ...] --reference-exp-dir DIR --use-averaged-model \\
       --test-parts test-clean,test-other
 
-Writes <exp-dir>/delay.json: of each part the mean delay in encoder frames of 40 ms with its 95 % bootstrap
-interval, and the median. Both models get the same cuts and align their reference texts; each runs in the mode
-it was trained in, an offline one with full context. See transducer_kd/decode/alignment.py.
+Writes <exp-dir>/delay.json of each phase: of each part the mean delay in encoder frames of 40 ms with its
+95 % bootstrap interval, and the median. Both models get the same cuts and align their reference texts; each
+runs in the mode it was trained in, an offline one with full context. See transducer_kd/decode/alignment.py.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import logging
 import shlex
 import sys
 from pathlib import Path
+from typing import Any, Dict
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -26,7 +27,13 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--exp-dir", type=Path, required=True, help="experiment folder of the phase, with epoch-N.pt")
+    add(
+        "--exp-dir",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="experiment folders of the phases, with epoch-N.pt",
+    )
     add("--reference-exp-dir", type=Path, required=True, help="that of the model to compare with")
     add("--epoch", type=int, default=0, help="of the phase: N for epoch-N.pt; 0: the last; -1: best-valid.pt")
     add("--reference-epoch", type=int, default=0, help="the same of the reference model")
@@ -60,22 +67,31 @@ def main() -> int:
     import torch
 
     from transducer_kd import build
-    from transducer_kd.data.datamodule import load_cuts
-    from transducer_kd.decode import alignment
     from transducer_kd.train import ddp
-    from transducer_kd.train.experiment import git_commit
 
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     device = str(ddp.setup(args.device).device)
     of_both = {"avg": args.avg, "use_averaged_model": args.use_averaged_model, "device": device}
-    loaded = build.load_model(args.exp_dir, args.epoch, lang_dir=args.lang_dir, **of_both)
     reference = build.load_model(
         args.reference_exp_dir, args.reference_epoch, lang_dir=args.lang_dir, **of_both
     )
+    for exp_dir in args.exp_dir:
+        loaded = build.load_model(exp_dir, args.epoch, lang_dir=args.lang_dir, **of_both)
+        write_json(exp_dir / "delay.json", delays_of(exp_dir, loaded, reference, args))
+    return 0
+
+
+def delays_of(exp_dir: Path, loaded: Any, reference: Any, args: argparse.Namespace) -> Dict[str, Any]:
+    """What delay.json of a phase holds."""
+    from transducer_kd import build
+    from transducer_kd.data.datamodule import load_cuts
+    from transducer_kd.decode import alignment
+    from transducer_kd.train.experiment import git_commit
+
     if reference.tokenizer.sha256 != loaded.tokenizer.sha256:
         raise UserError(
-            f"{args.exp_dir} has the BPE model {loaded.tokenizer.path} and {args.reference_exp_dir} another, "
+            f"{exp_dir} has the BPE model {loaded.tokenizer.path} and {args.reference_exp_dir} another, "
             f"{reference.tokenizer.path}; delays need the same tokens: name another --reference-exp-dir"
         )
     data_config = loaded.config.data
@@ -87,24 +103,21 @@ def main() -> int:
     for part in args.parts:
         batches = progress(data.test_batches(part, args.max_duration), desc=f"delays of {part}")
         found[part] = alignment.measure_delay(loaded.model, reference.model, batches, part)
-        logging.info("%s: %s", part, found[part].line())
+        logging.info("%s, %s: %s", exp_dir.name, part, found[part].line())
     origin = build.origin_of("", reference.checkpoint, reference.model.state_dict())
-    encoder = loaded.config.model.encoder
-    delays = {
+    return {
         "reference": {
             "phase": args.reference_exp_dir.resolve().name,
             "checkpoint": reference.checkpoint,
             "sha256": origin["sha256"],
         },
         "checkpoint": loaded.checkpoint,
-        "mode": "streaming" if encoder.chunk_size else "offline",
+        "mode": "streaming" if loaded.config.model.encoder.chunk_size else "offline",
         "frame_ms": alignment.FRAME_MS,
         "parts": {part: dataclasses.asdict(delay) for part, delay in found.items()},
         "commit": git_commit(),
         "command": shlex.join(sys.argv),
     }
-    write_json(args.exp_dir / "delay.json", delays)
-    return 0
 
 
 if __name__ == "__main__":

@@ -122,6 +122,17 @@ def test_delay_of_each_part(run, folder, caplog):
     assert "test-other: left out 2 utterances" in caplog.text
 
 
+def test_several_phases_at_once_are_as_each_alone(run, folder):
+    def numbers(found):
+        return {key: found[key] for key in ("reference", "checkpoint", "mode", "parts")}
+
+    alone = numbers(run("streaming", "offline"))
+    (folder / "streaming" / "delay.json").unlink()
+    of_last = run("offline", "offline", "--exp-dir", str(folder / "streaming"), str(folder / "offline"))
+    assert numbers(json.loads((folder / "streaming" / "delay.json").read_text())) == alone
+    assert of_last["mode"] == "offline" and of_last["parts"]["test-clean"]["mean_frames"] == 0
+
+
 def test_a_model_against_itself_has_no_delay(run, folder):
     for phase, mode in (("streaming", "streaming"), ("offline", "offline")):
         found = run(phase, phase, "--test-parts", "test-clean", "--max-duration", "1")

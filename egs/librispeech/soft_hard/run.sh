@@ -71,17 +71,20 @@ label() {
     --output-dir "$2" --soft "$3" --device "$device" "${filters[@]}"
 }
 
-# How much later than the teacher each phase emits.
+# How much later than the teacher each phase emits: one program for all.
 delay_stage() {
-  local phase test
+  local phase test made_from="" folders=()
   test=$(parts_of test)
   for phase in ${phases#teacher }; do
     if ! is_current "$phase" || ! is_current teacher; then continue; fi
-    run_stage 6 "emission delay of $phase" "$exp_root/$phase/.done-delay" \
-      "$(phase_fingerprint "$phase"; training_ended "$phase"; training_ended teacher)" \
-      run python local/emission_delay.py --exp-dir "$exp_root/$phase" --reference-exp-dir "$exp_root/teacher" \
-      --use-averaged-model --test-parts "${test// /,}" --device "$device"
+    folders+=("$exp_root/$phase")
+    made_from+="$phase $(training_ended "$phase")"$'\n'
   done
+  [ "${#folders[@]}" -gt 0 ] || return 0
+  run_stage 6 "emission delays" "$exp_root/.done-delays" \
+    "$(phase_fingerprint teacher; training_ended teacher; echo "$made_from")" \
+    run python local/emission_delay.py --exp-dir "${folders[@]}" --reference-exp-dir "$exp_root/teacher" \
+    --use-averaged-model --test-parts "${test// /,}" --device "$device"
 }
 
 start_recipe
