@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Comparison of soft and hard target RNN-T distillation (Hwang et al., ICASSP 2023) and noisy student training. Stage 2:
-# an offline teacher. Stage 3: it labels the unlabelled part, once for all arms. Stage 4: the arms, {hard, soft, both} for
-# a small streaming student and for one that begins with the teacher's weights (self), each beside the same student
-# trained on labelled speech alone, for the same updates; the streaming one with several values of frame_shift. Stage 5:
-# a second generation, labelled by the first. Stage 6: every phase decoded, its emission delay measured, the report.
+# an offline teacher and a small streaming student, on labelled speech. Stage 3: the teacher labels the unlabelled part,
+# once for all arms. Stage 4: the arms, {hard, soft, both} for the streaming student and for one that begins with the
+# teacher's weights (self), each beside the same student trained on labelled speech alone, for the same updates; the
+# streaming one with several values of frame_shift. Stage 5: a second generation, labelled by the first. Stage 6: every
+# phase decoded, its emission delay measured, the report.
 #
 #   ./run.sh --recipe soft_hard --stage 0 --stop-stage 6 [options]        ./run.sh --help lists the options
 recipe=soft_hard
@@ -19,16 +20,20 @@ parse_options "$@"
 streaming="supervised_streaming hard_streaming soft_streaming softhard_streaming"
 shifts="soft_streaming_shift0 soft_streaming_shift4"
 self="supervised_self hard_self soft_self softhard_self"
-phases="teacher $streaming $shifts $self hard_self2 soft_self2"
+phases="teacher base_streaming $streaming $shifts $self hard_self2 soft_self2"
 # Who labels the speech that a phase learns from; with soft targets it is the teacher as well.
 declare -A labelled_by=([hard_self2]=hard_self [soft_self2]=soft_self)
 for phase in $phases; do
   case $phase in
-    teacher | supervised_*) ;;
+    teacher | base_* | supervised_*) ;;
     *) labelled_by[$phase]=${labelled_by[$phase]:-teacher} ;;
   esac
   case $phase in soft*) learns_from[$phase]=${labelled_by[$phase]} ;; esac
-  case $phase in *_self*) begins_with[$phase]=teacher ;; esac
+  case $phase in
+    base_*) ;;
+    *_self*) begins_with[$phase]=teacher ;;
+    *_streaming*) begins_with[$phase]=base_streaming ;;
+  esac
 done
 
 # What is dropped of the labels: local/pseudo_label.py --help. At scale smoke no hypothesis is worth anything.
@@ -94,7 +99,7 @@ if [ "$stop_stage" -ge 3 ]; then
   [ -n "$unlabelled" ] || fail "the corpus has no unlabelled part, which the teacher could label; name one with" \
     "--unlabelled-parts and run stages 0 and 1 again: --corpus librispeech --unlabelled-parts train-clean-360"
 fi
-train_stage 2 teacher
+train_stage 2 teacher base_streaming
 label_stage 3 teacher float16
 if is_asked 4 && [ -z "$(labels_ended teacher)" ]; then
   fail "the teacher's labels are not complete, or it was trained anew since: run stage 3 first"
