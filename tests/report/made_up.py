@@ -55,3 +55,12 @@ def write_meta(folder, came_from, deployed):
 def origins(path, **more):
     """One origin, as meta.json names it."""
     return {"path": str(path), "checkpoint": "epoch-5", "sha256": f"of {path.name}", **more}
+
+
+def write_delay(folder, **changes):
+    part = {"mean_frames": 2.25, "low": -0.5, "high": 3.0, "median_frames": 2, "tokens": 9, "utterances": 4}
+    made = {
+        "reference": {"phase": "teacher", "checkpoint": "epoch-1"}, "checkpoint": "epoch-2",
+        "mode": "streaming", "frame_ms": 40, "parts": {"b": part, "elsewhere": part},
+    }  # fmt: skip
+    (folder / "delay.json").write_text(json.dumps({**made, **changes}))

@@ -11,7 +11,15 @@ from transducer_kd.log import UserError
 from transducer_kd.report import collect, html, phases, plots, systems, tables, text
 
 sys.path.insert(0, str(Path(__file__).parent))
-from made_up import origins, record, write_done, write_lines, write_meta, write_phase  # noqa: E402
+from made_up import (  # noqa: E402
+    origins,
+    record,
+    write_delay,
+    write_done,
+    write_lines,
+    write_meta,
+    write_phase,
+)
 
 # phase: (million parameters, WER, updates, teacher)
 PHASES = {
@@ -45,12 +53,6 @@ def root(tmp_path):
         write_meta(folder, came_from, size)
         write_lines(folder / "train_log.jsonl", [{"kind": "train", "step": updates, "loss": 1.0}])
     return exp
-
-
-@pytest.fixture
-def no_figures(monkeypatch):
-    """Figures take most of a page's time and have tests of their own."""
-    monkeypatch.setattr(html.plots, "figures", lambda report: [])
 
 
 def test_roles_parents_and_the_first_teacher_of_every_chain(root):
@@ -102,15 +104,17 @@ def test_sizes_are_against_the_first_teacher_and_updates_those_of_the_chain(root
         "x real time",
     ]  # fmt: skip
     assert {row[0]: row[6:8] for row in rows[1:]} == {
-        "teacher": ["-", "600"], "step1": ["25.0 %", "200"], "step2": ["50.0 %", "410"],
-        "step3": ["75.0 %", "630"], "scratch": ["75.0 %", "630"], "oneshot": ["75.0 %", "630"],
-        "noinit_step1": ["25.0 %", "201"], "noinit_step2": ["50.0 %", "412"], "noinit": ["75.0 %", "633"],
+        "teacher": ["-", "600"], "step1": ["25.0 %", "200"], "step2": ["50.0 %", "210 (410)"],
+        "step3": ["75.0 %", "220 (630)"], "scratch": ["75.0 %", "630"], "oneshot": ["75.0 %", "630"],
+        "noinit_step1": ["25.0 %", "201"], "noinit_step2": ["50.0 %", "211 (412)"],
+        "noinit": ["75.0 %", "221 (633)"],
     }  # fmt: skip
     notes = " ".join(systems.side_by_side_notes(report))
+    assert "they are compared with those of teacher (4.00 M)." in notes and "LAS" not in notes
     assert "sizes and comparisons are with the first one, teacher." in notes and systems.UPDATES_NOTE in notes
     (root / "noinit_step1" / "train_log.jsonl").unlink()
     rows = systems.side_by_side_rows(collect.collect(root))
-    assert {row[7] for row in rows if row[0] in ("noinit_step2", "noinit")} == {"-"}
+    assert [row[7] for row in rows if row[0].startswith("noinit")] == ["-", "211 (-)", "221 (-)"]
 
 
 def test_an_experiment_that_names_no_comparison_has_neither_updates_nor_chains(root):
@@ -192,15 +196,6 @@ def test_colours_that_are_used_twice_are_told_apart(root):
 # Emission delay
 
 
-def write_delay(folder, **changes):
-    part = {"mean_frames": 2.25, "low": -0.5, "high": 3.0, "median_frames": 2, "tokens": 9, "utterances": 4}
-    made = {
-        "reference": {"phase": "teacher", "checkpoint": "epoch-1"}, "checkpoint": "epoch-2",
-        "mode": "streaming", "frame_ms": 40, "parts": {"b": part, "elsewhere": part},
-    }  # fmt: skip
-    (folder / "delay.json").write_text(json.dumps({**made, **changes}))
-
-
 def test_emission_delay_by_hand(root, no_figures):
     write_delay(root / "step3")
     write_delay(root / "step2", mode="offline")  # it was decoded streaming: another system's delay
@@ -209,7 +204,9 @@ def test_emission_delay_by_hand(root, no_figures):
     at = rows[0].index("b emission delay, frames [95 %] (ms)")
     assert [name for name in rows[0] if "delay" in name] == [rows[0][at]]
     assert {row[0]: row[at] for row in rows[1:] if row[at] != "-"} == {"step3": "2.25 [-0.50, 3.00] (90)"}
-    assert systems.side_by_side_notes(report)[-1].endswith("Reference model: teacher.")
+    note = systems.side_by_side_notes(report)[-1]
+    assert note.endswith("Reference model: teacher.")
+    assert "below zero: earlier" in note and "waits for its chunk to be complete is not included" in note
     write_delay(root / "scratch", reference={"phase": "step1"})
     report = collect.collect(root)
     told = "Reference model: teacher for step2, step3; step1 for scratch."

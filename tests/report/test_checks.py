@@ -210,5 +210,5 @@ def test_what_one_stage_gave_is_shown_beside_its_controls(root):
     assert "<p>finetune without its distillation terms, 1.75 M (" in html.render(report, "")
     styles = {name: plots._point(report, name, "offline") for name in names}
     assert [styles[n]["marker"] for n in names] == ["s", "o", "X", "P"]
-    assert [styles[n]["markersize"] for n in names] == [6, 6, 4.5, 4.5]
+    assert [styles[n]["markersize"] for n in names] == [6, 6, 5, 5]
     assert len({styles[n]["color"] for n in names[1:]}) == 1

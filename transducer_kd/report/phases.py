@@ -4,8 +4,9 @@ Nothing else says which phase is a teacher and which a student. A phase is disti
 has a teacher or pseudo-labels, or when it began with the weights of one that had; a teacher is one that
 taught or labelled for another phase, and whatever shares its weights. Two kinds of control are known by their
 names: `<phase>_control` repeats all that led to `<phase>` without a teacher, `<phase>_nokd` begins with what
-`<phase>` began with and leaves out the distillation terms of this one phase. A phase that another one is to
-be compared with (`compare_with`), and that is neither taught nor a teacher, is a control as well.
+`<phase>` began with and leaves out the distillation terms of this one phase. What is neither taught nor a
+teacher itself is a control as well if another phase is to be compared with it (`compare_with`), or if a
+distilled one began with it.
 """
 
 from pathlib import Path
@@ -27,8 +28,8 @@ _LEARNS = {
 
 
 def arrange(phases: List[Phase], exp_dir: Path, label_sets: Sequence[Dict[str, Any]] = ()) -> List[Phase]:
-    """The phases in the order of training, controls after what they control, what is beside a chain of steps
-    last; of a kind, large ones first.
+    """The phases in the order of training, controls after the one they control and before the ones that are
+    compared with them, what is beside a chain of steps last; of a kind, large ones first.
 
     phases: dicts with name, params_deployed, and config and meta (None where unknown); exp_dir holds their
     folders. label_sets: dicts with the `name` of a folder of exp_dir/labels and its `summary` (None: not
@@ -68,25 +69,17 @@ def arrange(phases: List[Phase], exp_dir: Path, label_sets: Sequence[Dict[str, A
         p["what"] = _what(p)
     init = {p["name"]: p["begins_with"] for p in phases}
     own_teacher = {p["name"]: p["learns_from"] or p["labelled_by"] for p in phases}
-    taught = {p["name"] for p in phases if teacher_kind(p) != "none" or targets(p)}
     for p in phases:
-        lineage = list(walk_back(p["control_of"] or p["name"], init))
-        is_distilled = not p["control_of"] and not taught.isdisjoint(lineage)
         p["teacher"] = _first_teacher(p["control_of"] or p["name"], init, own_teacher)
-        p["role"] = "control" if p["control_of"] else "distilled" if is_distilled else ""
-    # What was selected of a teacher is another model.
-    shared = {p["name"]: None if p["is_selected"] else p["begins_with"] for p in phases}
-    for name in _family({t for t in own_teacher.values() if t}, shared):
-        by_name[name]["role"] = by_name[name]["role"] or "teacher"
-    for name in {name for p in phases for name in p["compare_with"]} & by_name.keys():
-        by_name[name]["role"] = by_name[name]["role"] or "control"
+    _give_roles(phases, init, {t for t in own_teacher.values() if t})
 
     beside = sidelines(phases)
 
     def place(p: Phase) -> Any:
-        like = by_name.get(p["control_of"], p)
+        like = by_name.get(p["control_of"], p)  # a control stands behind its phase
         kind = like["name"] in beside, _depth(like["name"], by_name), like["role"] != "teacher"
-        return *kind, -(like["params_deployed"] or 0), like["name"], p is not like, p["name"]
+        of_kind = -(like["params_deployed"] or 0), like["role"] != "control", like["name"]
+        return *kind, *of_kind, p is not like, p["name"]
 
     return sorted(phases, key=place)
 
@@ -134,28 +127,23 @@ def steps(phases: List[Phase]) -> List[List[str]]:
     """Chains of a teacher and two trainings or more, each taught by the one before it and smaller."""
     by_name = {p["name"]: p for p in phases}
 
-    def teacher_of(phase: Phase) -> Optional[Phase]:
+    def chain_to(phase: Phase) -> List[str]:
         teacher = by_name.get(phase["learns_from"] or phase["labelled_by"])
-        sizes = [p["params_deployed"] or 0 for p in (phase, teacher) if p]
-        return teacher if len(sizes) == 2 and 0 < sizes[0] < sizes[1] else None
+        size, larger = (p and p["params_deployed"] or 0 for p in (phase, teacher))
+        return [*(chain_to(teacher) if 0 < size < larger else []), phase["name"]]
 
-    chains = []
-    for phase in phases:
-        chain = [phase]
-        while teacher_of(chain[0]):
-            chain.insert(0, teacher_of(chain[0]))
-        chains.append([p["name"] for p in chain])
-    # Those that go on are in a longer one.
-    return [
-        c for c in chains if len(c) > 2 and not any(c == other[: len(c)] for other in chains if other != c)
-    ]
+    chains = [chain_to(p) for p in phases]
+    going_on = [chain[:-1] for chain in chains]
+    return [chain for chain in chains if len(chain) > 2 and chain not in going_on]
 
 
 def sidelines(phases: List[Phase]) -> Set[str]:
     """Beside chains of steps: what somebody is compared with, and the steps that led to that alone."""
-    chains, named = steps(phases), {name for p in phases for name in p["compare_with"]}
+    chains, named = steps(phases), _named(phases)
+    if not chains:
+        return set()
     main = {name for chain in chains if chain[-1] not in named for name in chain}
-    return {*named, *(name for chain in chains for name in chain)} - main if chains else set()
+    return named.union(*chains) - main
 
 
 def recorded(phase: Phase, key: str) -> Dict[str, Any]:
@@ -204,7 +192,8 @@ def _what(phase: Phase) -> str:
         return "-"
     if _path(phase, "init"):
         init = phase["begins_with"] or "another model"
-        learns = f"LAS on {init}" if learns == "LAS" else f"{init}, {learns} finetuned"
+        finetuned = f"{init} finetuned" if learns == "transducer" else f"{init}, {learns} finetuned"
+        learns = f"LAS on {init}" if learns == "LAS" else finetuned
         if phase["is_selected"]:
             count = _section(_section(phase["config"], "model"), "encoder").get("num_layers", "some")
             learns = f"{count} layers selected of {init}"
@@ -217,10 +206,31 @@ def _what(phase: Phase) -> str:
     return f"{learns}, distilled from {phase['learns_from'] or 'another model'}"
 
 
-def _family(named: set, init: Dict[str, Optional[str]]) -> set:
-    """All that share weights with `named`: what they began with, and what began with them."""
-    family = {ancestor for name in named for ancestor in walk_back(name, init)}
-    return family | {name for name in init if not family.isdisjoint(walk_back(name, init))}
+def _named(phases: List[Phase]) -> Set[str]:
+    """What somebody is to be compared with."""
+    return {name for p in phases for name in p["compare_with"]}
+
+
+def _give_roles(phases: List[Phase], init: Dict[str, Optional[str]], teach: Set[str]) -> None:
+    """teach: the phases that another one learns from, or was labelled for by."""
+    taught = {p["name"] for p in phases if teacher_kind(p) != "none" or targets(p)}
+    named, begun = _named(phases), {init[name] for name in taught}
+    # What was selected of a teacher is another model.
+    shared = {p["name"]: None if p["is_selected"] else p["begins_with"] for p in phases}
+    first_weights = {name: list(walk_back(name, shared))[-1] for name in shared}
+    of_teachers = {first_weights[name] for name in teach}
+    for p in phases:
+        name, p["role"] = p["name"], ""
+        if p["control_of"]:
+            p["role"] = "control"
+        elif not taught.isdisjoint(walk_back(name, init)):
+            p["role"] = "distilled"
+        elif name in named - teach:
+            p["role"] = "control"
+        elif first_weights[name] in of_teachers:
+            p["role"] = "teacher"
+        elif name in begun:
+            p["role"] = "control"
 
 
 def _first_teacher(

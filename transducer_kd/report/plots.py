@@ -122,8 +122,8 @@ def wer_against_size(report: Dict[str, Any]) -> Figure:
     sets, shown = tables.test_sets(report), [s for s in systems(report) if s["headline"]]
     largest = max(r["params_deployed"] for r in report["records"]) / 1e6
     longest = max(len(system["label"]) for system in shown)
-    columns = min(max(130 // (longest + 8), 1), 4)
-    figure, panels = _panels(len(sets), height=3.4 + 0.18 * max(math.ceil(len(shown) / columns) - 3, 0))
+    lines = math.ceil(len(shown) / max(130 // (longest + 8), 1))  # of the legend
+    figure, panels = _panels(len(sets), height=3.4 + 0.18 * max(lines - 3, 0))
     legend = {}
     for panel, name in zip(panels, sets):
         points: Dict[str, Tuple[float, float]] = {}
@@ -140,7 +140,7 @@ def wer_against_size(report: Dict[str, Any]) -> Figure:
             points.setdefault(r["phase"], (x, r["wer"]))
             highest = max(highest, r["wer_high"])
             below_above = [[max(r["wer"] - r["wer_low"], 0.0)], [max(r["wer_high"] - r["wer"], 0.0)]]
-            style = {**_point(report, r["phase"], r["mode"]), "capsize": 2}
+            style = {**_point(report, r["phase"], r["mode"]), "capsize": 2, "elinewidth": 1.0}
             legend[system["label"]] = panel.errorbar([x], [r["wer"]], yerr=below_above, **style)
         for chain in steps(report["phases"]):
             style = {"color": _point(report, chain[-1], "")["color"], "linewidth": 1.0, "zorder": 1.5}
@@ -151,7 +151,7 @@ def wer_against_size(report: Dict[str, Any]) -> Figure:
             xlim=(0, largest * 1.25), ylim=(0, highest * 1.1 or 1), title=name, xlabel="million parameters"
         )
     panels[0].set_ylabel("WER %")
-    figure.legend(legend.values(), legend, loc="outside lower center", ncols=columns)
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=math.ceil(len(shown) / lines))
     return figure
 
 
@@ -263,7 +263,7 @@ def _point(report: Dict[str, Any], phase: str, mode: str) -> Dict[str, Any]:
         distilled = "D" if phase in sidelines(report["phases"]) else "o"
         marker = {"teacher": "s", "control": of_control}.get(role, distilled)
     use, index = divmod(list(dict.fromkeys(owners.values())).index(owners[phase]), len(_COLOURS))
-    style = {"color": _COLOURS[index], "marker": marker, "markersize": 4.5 if role == "control" else 6}
+    style = {"color": _COLOURS[index], "marker": marker, "markersize": 5 if role == "control" else 6}
     return {**style, "linestyle": "none", "fillstyle": "left" if use else "full"}
 
 

@@ -35,15 +35,17 @@ MODES_NOTE = (
     "difference is that of mode and model together."
 )
 UPDATES_NOTE = (
-    "Updates: of the phase and of all that it came from (whose weights it began with, who taught it, who "
-    "labelled for it), without phases that came from none, as the first teacher."
+    "Updates: of the phase; in brackets with those of all that it came from (whose weights it began with, "
+    "who taught it, who labelled for it), without phases that came from none, as the first teacher."
 )
 _HEADINGS = {
     "teacher": "Distilled systems and controls against the teacher",
     "control": "Distilled systems against their controls, trained without distillation",
-    "named": "Systems against those that they are to be compared with",
+    "named": "Planned comparisons",
     "first pass": "Second pass against the first pass that it rescores",
 }
+# Where configurations name comparisons, what they name is compared with the teacher as well.
+_NAMED_HEADINGS = {"teacher": "Systems against the teacher"}
 
 
 def systems(report: Dict[str, Any]) -> List[Dict[str, Any]]:
@@ -112,7 +114,8 @@ def key_systems(report: Dict[str, Any]) -> List[Dict[str, Any]]:
     decoded = [s for s in systems(report) if s["headline"]]
     if has_named(report):
         by_name = {p["name"]: p for p in report["phases"]}
-        arms = [name for arm in targets.arms(report) for name in arm["names"] if arm["generation"] == 1]
+        first = [arm for arm in targets.arms(report) if arm["generation"] == 1]
+        arms = [name for arm in first for name in arm["names"].values()]
         leads = arms or [max(reversed(report["phases"]), key=lambda p: len(p["compare_with"]))["name"]]
         names = {n for lead in leads for n in [lead, *by_name[lead]["compare_with"]]}
         names |= {n for lead in leads for n in phases.ancestors(lead, by_name)}
@@ -148,8 +151,8 @@ def side_by_side_rows(report: Dict[str, Any], has_what: bool = True, only_key: b
         row = [system["label"], *([phase["what"]] if has_what else [])]
         row += [number(system[name].get(s, {}).get("wer"), 2) for s, name in shown]
         row += [tables.millions(size), number(size and 4e-6 * size, 1), percent(saved(phase, report))]
-        row += [number(total_updates(phase, report), 0)] if has_named(report) else []
-        row += [_delay_cell(system, s) for s in delayed]
+        row += [_updates_cell(phase, report)] if has_named(report) else []
+        row += [tables.delay_cell(phase, system["mode"], s) for s in delayed]
         row += [tables.speed(system["headline"].values()), percent(_second_pass_share(system))]
         rows.append(row[: len(rows[0])])
     return rows
@@ -176,10 +179,14 @@ def side_by_side_notes(report: Dict[str, Any], only_key: bool = False) -> List[s
         if t
     }
     if pairs:
-        out.append(
-            f"Parameters are all that run on a device, with the LAS where there is one; they are compared "
-            f"with a teacher of as many passes: {', '.join(pairs.values())}."
-        )
+        known = ", ".join(pairs.values())
+        if any(p["has_las"] for p in report["phases"]):
+            out.append(
+                "Parameters are all that run on a device, with the LAS where there is one; they are compared "
+                f"with a teacher of as many passes: {known}."
+            )
+        else:
+            out.append(f"Parameters are all that run on a device; they are compared with those of {known}.")
     chained = {p["teacher"] for p in report["phases"] if _own_teacher(p) not in (None, p["teacher"])}
     if chained:
         out.append(
@@ -206,7 +213,8 @@ def comparison_tables(report: Dict[str, Any], is_short: bool = False) -> List[Di
         grouped = {who: grouped[who] for who in best.values()}
     sets = tables.test_sets(report)
     made = []
-    for kind, title in _HEADINGS.items():
+    headings = {**_HEADINGS, **(_NAMED_HEADINGS if has_named(report) else {})}
+    for kind, title in headings.items():
         columns = ("difference [95 %]", "relative", "verdict")
         rows = [["system", "against", "pass", *(f"{s} {column}" for s in sets for column in columns)]]
         for (own_kind, phase_b, phase_a, mode, mode_a, method, _), by_set in grouped.items():
@@ -257,6 +265,12 @@ def _own_teacher(phase: Dict[str, Any]) -> Optional[str]:
     return phase["learns_from"] or phase["labelled_by"]
 
 
+def _updates_cell(phase: Dict[str, Any], report: Dict[str, Any]) -> str:
+    """`2,000`, or `2,000 (4,000)` where what it came from was trained as well"""
+    own, total = (phase["training"] or {}).get("updates"), total_updates(phase, report)
+    return number(own, 0) + (f" ({number(total, 0)})" if own != total else "")
+
+
 def _delays(report: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
     """{phase: its delay}, of phases that are compared"""
     return {p["name"]: p["delay"] for p in report["phases"] if p["delay"] and not p["is_stale"]}
@@ -265,15 +279,6 @@ def _delays(report: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
 def _delayed_sets(report: Dict[str, Any]) -> List[str]:
     measured = {part for delay in _delays(report).values() for part in delay["parts"]}
     return [s for s in tables.test_sets(report) if s in measured]
-
-
-def _delay_cell(system: Dict[str, Any], test_set: str) -> str:
-    """`2.35 [2.10, 2.60] (94)`"""
-    delay = system["phase"]["delay"]
-    if not delay or delay["mode"] != system["mode"] or test_set not in delay["parts"]:
-        return "-"
-    mean, low, high = (delay["parts"][test_set][name] for name in ("mean_frames", "low", "high"))
-    return f"{mean:.2f} [{low:.2f}, {high:.2f}] ({mean * delay['frame_ms']:.0f})"
 
 
 def _delay_notes(report: Dict[str, Any]) -> List[str]:
@@ -286,8 +291,9 @@ def _delay_notes(report: Dict[str, Any]) -> List[str]:
         name if len(references) == 1 else f"{name} for {', '.join(of)}" for name, of in references.items()
     ]
     return [
-        "Emission delay: how much later than the reference model a token of the transcript is emitted, both "
-        f"models forced on it; mean over the tokens. Reference model: {'; '.join(names)}."
+        "Emission delay: how much later than the reference model (below zero: earlier) a token of the "
+        "transcript is emitted, both models forced on it; mean over the tokens. The time that a streaming "
+        f"model waits for its chunk to be complete is not included. Reference model: {'; '.join(names)}."
     ]
 
 

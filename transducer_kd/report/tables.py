@@ -209,6 +209,15 @@ def difference_cell(comparison: Dict[str, Any]) -> str:
     return f"{comparison['difference']:+.2f} [{comparison['low']:+.2f}, {comparison['high']:+.2f}]"
 
 
+def delay_cell(phase: Dict[str, Any], mode: Optional[str], test_set: str) -> str:
+    """`2.35 [2.10, 2.60] (94)`: frames, the interval, milliseconds; `-` unless measured in this mode"""
+    delay = phase["delay"]
+    if not delay or delay["mode"] != mode or test_set not in delay["parts"]:
+        return "-"
+    mean, low, high = (delay["parts"][test_set][name] for name in ("mean_frames", "low", "high"))
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}] ({mean * delay['frame_ms']:.0f})"
+
+
 def p_text(p_value: float) -> str:
     """`p 0.012`"""
     return "p < 0.001" if p_value < 0.001 else f"p {p_value:.3f}"

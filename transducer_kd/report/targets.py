@@ -13,10 +13,11 @@ from transducer_kd.log import UserError
 from transducer_kd.report import checks, phases, tables
 from transducer_kd.report.tables import Row, number
 
-TITLE = "Soft targets against hard ones, of the same pseudo-labels"
+TITLE = "Soft targets against hard ones, of the same pseudo-labels; with 95 % intervals"
 LABELS_NOTE = (
-    "Confidence: probability per token, of all labels with words. Label WER: against the references that "
-    "this speech happens to have; for information, nothing is chosen by it."
+    "Confidence: P(hypothesis)^(1/U), U its tokens, of all labels with words; P also counts the blanks of all "
+    "frames. Label WER: against the references that this speech happens to have; for information, nothing is "
+    "chosen by it."
 )
 GENERATION_NOTE = (
     "From generation 2 on, chains are compared: each arm was labelled by the earlier arm of its kind."
@@ -25,6 +26,7 @@ _CROSSOVER = (
     "Crossover (hard targets better for a streaming student of another model, soft targets better in "
     f"self-training, both with p < {tables.SIGNIFICANT})"
 )
+_COLUMNS = {"supervised": "supervised", "hard": "hard", "soft": "soft", "both": "soft and hard"}
 _PERCENTILES = ("5", "25", "50", "75", "95")
 _ARMS_DIFFER_IN = {"loss.pseudo_weight", "data.pseudo_labels"}
 
@@ -56,11 +58,12 @@ def arms(report: Dict[str, Any]) -> List[Dict[str, Any]]:
     """Phases with soft and with hard targets that were compared and are the same student:
 
     student         a few words on it
-    names           hard, soft, and soft and hard where there is such a phase
+    names           {"supervised", "hard", "soft", "both"}: the phases, without those that are not there;
+                    supervised is the same student trained for as many updates without labels of a teacher
     is_streaming, is_self, generation
                     is_self: the labels come from the same architecture
-    by_set          {test set: {"hard", "soft", "both" (None without): WER; "difference" (soft minus hard),
-                    "low", "high", "p_value"}}
+    mode, method    how they were decoded
+    by_set          {test set: {"difference" (WER of soft minus hard), "low", "high", "p_value"}}
     """
     by_name = {p["name"]: p for p in report["phases"]}
     found: Dict[Any, Dict[str, Any]] = {}
@@ -76,29 +79,32 @@ def arms(report: Dict[str, Any]) -> List[Dict[str, Any]]:
         arm = found.get(how) or _arm(names, c["mode_b"], c["method_b"], by_name)
         if arm and arm["method"] == c["method_b"]:
             found[how] = arm
-            arm["by_set"][c["test_set"]] = _soft_minus_hard(c, of_both, arm, report)
+            arm["by_set"][c["test_set"]] = _soft_minus_hard(c, of_both["soft"] == "b")
     return list(found.values())
 
 
 def crossover_rows(report: Dict[str, Any]) -> List[Row]:
-    """One row per pair of arms; only a header without."""
-    columns = {"hard": "hard %", "soft": "soft %", "both": "soft and hard %"}
+    """Of each student a row of names, and of each test set one of rates, and of delays where there are any.
+
+    Only a header where no arms were compared.
+    """
     made, sets = arms(report), tables.test_sets(report)
-    shown = {
-        s: [k for k in columns if any((a["by_set"].get(s) or {}).get(k) is not None for a in made)]
-        for s in sets
-    }
-    rows = [["student", "arms"]]
-    for s in sets:
-        rows[0] += [f"{s} {columns[k]}" for k in shown[s]]
-        rows[0] += [f"{s} soft - hard [95 %]", f"{s} verdict"]
+    by_name = {p["name"]: p for p in report["phases"]}
+    records = {(r["phase"], r["mode"], r["method"], r["test_set"]): r for r in report["records"]}
+    columns = {k: title for k, title in _COLUMNS.items() if any(k in arm["names"] for arm in made)}
+    rows = [["student", "", *columns.values(), "soft - hard", "verdict"]]
     for arm in made:
-        row = [arm["student"], ", ".join(arm["names"])]
+        names = [arm["names"].get(k) for k in columns]
+        rows.append([arm["student"], "phase", *(name or "-" for name in names), "-", "-"])
         for s in sets:
             of_set = arm["by_set"].get(s)
-            row += [number(of_set and of_set[k], 2) for k in shown[s]]
-            row += [tables.difference_cell(of_set), _winner(of_set)] if of_set else ["-", "-"]
-        rows.append(row)
+            found = [records.get((name, arm["mode"], arm["method"], s)) for name in names]
+            told = [tables.difference_cell(of_set), _winner(of_set)] if of_set else ["-", "-"]
+            rows.append(["", f"{s} WER %", *(r and tables.wer_cell(r) or "-" for r in found), *told])
+        for s in sets:
+            delays = [tables.delay_cell(by_name[n], arm["mode"], s) if n else "-" for n in names]
+            if set(delays) != {"-"}:
+                rows.append(["", f"{s} delay, frames (ms)", *delays, "-", "-"])
     return rows
 
 
@@ -131,7 +137,7 @@ def crossover_notes(report: Dict[str, Any]) -> List[str]:
             told.append(f"{'shown' if is_shown else 'not shown'} on {s} ({why})")
         out = [f"{_CROSSOVER}: {'; '.join(told)}."]
     by_name = {p["name"]: p for p in report["phases"]}
-    out += filter(None, (_unequal(*(by_name[name] for name in arm["names"][:2]), arm) for arm in made))
+    out += filter(None, (_unequal(arm, by_name) for arm in made))
     return out + ([GENERATION_NOTE] if len(first) < len(made) else [])
 
 
@@ -143,28 +149,38 @@ def _arm(names: List[str], mode: str, method: str, by_name: Dict[str, Any]) -> D
         return {}
     labeller = by_name.get(hard["labelled_by"])
     is_self = labeller is not None and _architecture(labeller) == _architecture(hard)
-    both = [
-        p["name"]
-        for p in by_name.values()
-        if phases.targets(p) == "soft and hard" and not p["is_stale"] and soft["name"] in p["compare_with"]
-        if (_architecture(p), _generation(p, by_name)) == (_architecture(soft), generation)
+
+    def is_alike(p: Dict[str, Any]) -> bool:
+        """Another training of the same student from the same first weights."""
+        is_same = p["begins_with"] == hard["begins_with"] and _architecture(p) == _architecture(hard)
+        return is_same and not p["is_stale"]
+
+    supervised = [
+        n
+        for n, p in by_name.items()
+        if p["role"] == "control" and not phases.targets(p)
+        if is_alike(p) and _updates(p) == _updates(hard)
     ]
+    both = [
+        n
+        for n, p in by_name.items()
+        if phases.targets(p) == "soft and hard" and soft["name"] in p["compare_with"]
+        if is_alike(p) and _generation(p, by_name) == generation
+    ]
+    named = {"supervised": supervised[:1], "hard": names[:1], "soft": names[1:], "both": both[:1]}
     student = [mode, tables.millions(hard["params_deployed"]), *(["self-training"] if is_self else [])]
     student += [f"generation {generation}"] if generation > 1 else []
     return {
-        "student": ", ".join(student), "names": [*names, *both[:1]], "is_streaming": mode == "streaming",
-        "is_self": is_self, "generation": generation, "method": method, "mode": mode, "by_set": {},
+        "student": ", ".join(student), "names": {kind: found[0] for kind, found in named.items() if found},
+        "is_streaming": mode == "streaming", "is_self": is_self, "generation": generation,
+        "mode": mode, "method": method, "by_set": {},
     }  # fmt: skip
 
 
-def _soft_minus_hard(c: Dict[str, Any], of_both: Dict[str, str], arm: Dict[str, Any], report: Dict) -> Dict:
-    records = {(r["phase"], r["mode"], r["method"], r["test_set"]): r["wer"] for r in report["records"]}
-    both = [records.get((name, arm["mode"], arm["method"], c["test_set"])) for name in arm["names"][2:]]
-    found = {kind: c[f"wer_{side}"] for kind, side in of_both.items()}
-    found.update(both=both[0] if both else None, p_value=c["p_value"])
-    if of_both["soft"] == "b":
-        return {**found, "difference": c["difference"], "low": c["low"], "high": c["high"]}
-    return {**found, "difference": -c["difference"], "low": -c["high"], "high": -c["low"]}
+def _soft_minus_hard(c: Dict[str, Any], is_soft_b: bool) -> Dict[str, Any]:
+    if is_soft_b:
+        return {key: c[key] for key in ("difference", "low", "high", "p_value")}
+    return {"difference": -c["difference"], "low": -c["high"], "high": -c["low"], "p_value": c["p_value"]}
 
 
 def _winner(of_set: Dict[str, Any]) -> str:
@@ -192,11 +208,17 @@ def _generation(phase: Dict[str, Any], by_name: Dict[str, Any]) -> int:
     return sum(bool(phases.targets(by_name[n])) for n in phases.walk_back(phase["name"], labelled_by))
 
 
-def _unequal(hard: Dict[str, Any], soft: Dict[str, Any], arm: Dict[str, Any]) -> str:
+def _updates(phase: Dict[str, Any]) -> Any:
+    return ((phase["config"] or {}).get("train") or {}).get("max_steps")
+
+
+def _unequal(arm: Dict[str, Any], by_name: Dict[str, Any]) -> str:
     """What else than the targets two arms do not share; empty where that is nothing."""
+    hard, soft = (by_name[arm["names"][kind]] for kind in ("hard", "soft"))
     found = [key for key in checks.differing(hard, soft) if key not in _ARMS_DIFFER_IN]
-    sets = {phases.recorded(p, "labels").get("sha256") for p in (hard, soft)}
-    if arm["generation"] == 1 and len(sets) > 1:
-        found.append("their pseudo-labels")
+    if arm["generation"] == 1:
+        sets = {phases.recorded(p, "labels").get("sha256") for p in (hard, soft)}
+        found += ["their pseudo-labels"] if len(sets) > 1 else []
+        found += ["what they began with"] if hard["begins_with"] != soft["begins_with"] else []
     names = f"{hard['name']} and {soft['name']}"
     return f"{names} differ not only in their targets: {', '.join(found)}." if found else ""

@@ -70,7 +70,8 @@ def markdown_section(report: Dict[str, Any]) -> str:
     elif len(report["phases"]) > 1:
         parts += _side_by_side(report)
         parts += _crossover(report)
-        for made in systems.comparison_tables(report):
+        # Named comparisons are many: of each the best method alone. The page has all.
+        for made in systems.comparison_tables(report, is_short=systems.has_named(report)):
             parts += [f"{made['title']}:", markdown_table(made["rows"])]
         parts += systems.comparison_notes(report)
         parts.append("Every method, with the 95 % interval of each rate:")
