@@ -63,6 +63,7 @@ Model and training
   --bpe-model FILE             a BPE model trained elsewhere, such as a teacher's (with its --vocab-size)
   --teacher-torchscript FILE --teacher-tokens FILE
                                two_pass: distil from somebody else's model, train no teacher (README.md)
+  --min-confidence P           soft_hard: labels with a lower P(hypothesis)^(1/tokens) are dropped (default 0.9)
   --set SECTION.KEY=VALUE      change a setting of all phases; may be repeated; transducer_kd/config.py has them all
   --set PHASE:SECTION.KEY=VALUE    of one phase, such as student:distill.weight=5
   --nproc N                    training processes, one per GPU (torchrun; default 1)

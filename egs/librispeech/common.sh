@@ -53,7 +53,8 @@ fail() {
 # name=default. A name with a dash becomes a variable with an underscore. Switches may stand alone or take 0 or 1.
 value_options="stage=0 stop-stage= corpus=synthetic corpus-dir= corpus-name= csv= kaldi-dir= manifest-dir=
   train-parts= dev-parts= test-parts= unlabelled-parts= bad-audio=error channel= text-norm=upper scale=
-  vocab-size= bpe-model= teacher-torchscript= teacher-tokens= nproc=1 device=auto env="
+  vocab-size= bpe-model= teacher-torchscript= teacher-tokens= nproc=1 device=auto env=
+  min-confidence="
 switch_options="full-libri=0 resample=0 on-the-fly-feats=0 controls=0 force=0"
 
 # Known option nearest to $1 by edit distance, if it is near at all.
@@ -132,6 +133,7 @@ check_options() {
     *) fail "--corpus $corpus is not one of synthetic, mini_librispeech, librispeech; for your own data say" \
       "--corpus-dir, --manifest-dir, --csv or --kaldi-dir" ;;
   esac
+  [ -z "$min_confidence" ] || [ "$recipe" = soft_hard ] || fail "--min-confidence is for recipe soft_hard, not $recipe"
   case $bad_audio in error | skip) ;; *) fail "--bad-audio takes error or skip, not $bad_audio" ;; esac
   case $text_norm in upper | none) ;; *) fail "--text-norm takes upper or none, not $text_norm" ;; esac
   case $env in "" | k2 | modern) ;; *) fail "--env $env is not one of k2, modern" ;; esac

@@ -37,7 +37,7 @@ for phase in $phases; do
 done
 
 # What is dropped of the labels: local/pseudo_label.py --help. At scale smoke no hypothesis is worth anything.
-filters=(--min-confidence 0.5)
+filters=(--min-confidence "${min_confidence:-0.9}")
 [ "$scale" != smoke ] || filters=(--min-confidence 0 --min-token-rate 0 --max-token-rate 2 --max-repeats 1000)
 
 is_asked() { [ "$1" -ge "$stage" ] && [ "$1" -le "$stop_stage" ]; }
