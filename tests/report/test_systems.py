@@ -209,6 +209,15 @@ def test_comparisons_by_kind_and_the_best_method_alone(root):
     del report["comparisons"][-1]
     short = systems.comparison_tables(report, is_short=True)
     assert [made["rows"][1:] for made in short] == [teacher["rows"][1:], [rescored], passes["rows"][1:]]
+    # In a terminal test sets are one below the other; the teacher was compared on one alone.
+    lines = [re.split(r" {2,}", line) for line in text.terminal_report(report).splitlines()]
+    assert (
+        lines.count(["system", "against", "pass", "test set", "difference [95 %]", "relative", "verdict"])
+        == 3
+    )
+    assert ["student", "student_control", "rescored", "test-clean", *rescored[3:6]] in lines
+    assert ["", "test-other", *rescored[6:]] in lines
+    assert sum(line[:2] == ["", "test-other"] for line in lines) == 1
 
 
 def test_from_recogs_to_the_page_and_the_texts(root):

@@ -15,9 +15,9 @@ from transducer_kd.report.tables import Row, number
 
 TITLE = "Soft targets against hard ones, of the same pseudo-labels; with 95 % intervals"
 LABELS_NOTE = (
-    "Confidence: P(hypothesis)^(1/U), U its tokens, of all labels with words; P also counts the blanks of all "
-    "frames. Label WER: against the references that this speech happens to have; for information, nothing is "
-    "chosen by it."
+    "Confidence: P(hypothesis)^(1/U), U its tokens, of all labels with words; P also counts the blanks of "
+    "all frames. Label WER: against the references that this speech happens to have; for information, "
+    "nothing is chosen by it."
 )
 GENERATION_NOTE = (
     "From generation 2 on, chains are compared: each arm was labelled by the earlier arm of its kind."

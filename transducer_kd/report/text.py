@@ -52,12 +52,15 @@ def terminal_report(report: Dict[str, Any]) -> str:
             parts += [f"\n{targets.TITLE}:\n{terminal_table(targets.crossover_rows(report))}"]
             parts += map(_wrapped, targets.crossover_notes(report))
         compared = systems.comparison_tables(report, is_short=True)
-        parts += [f"\n{made['title']}:\n{terminal_table(made['rows'])}" for made in compared]
+        sets = tables.test_sets(report)
+        parts += [
+            f"\n{m['title']}:\n{terminal_table(_one_below_the_other(m['rows'], sets))}" for m in compared
+        ]
         parts += map(_wrapped, systems.comparison_notes(report))
     elif report["records"]:
         parts.append("Word error rates with 95 % bootstrap intervals:")
         parts.append(terminal_table(tables.results_rows(report)))
-    return "\n".join([*parts, *tables.notes(report)])
+    return "\n".join([*parts, *map(_wrapped, tables.notes(report))])
 
 
 def markdown_section(report: Dict[str, Any]) -> str:
@@ -91,6 +94,18 @@ def markdown_section(report: Dict[str, Any]) -> str:
     if report["missing"]:
         parts.append("Missing: " + "; ".join(report["missing"]) + ".")
     return "\n\n".join(parts)
+
+
+def _one_below_the_other(rows: List[Row], sets: List[str]) -> List[Row]:
+    """Comparisons with a row per test set, where the columns of all would not fit."""
+    found = [[*rows[0][:3], "test set", *(name[len(sets[0]) + 1 :] for name in rows[0][3:6])]]
+    for who, cells in ((row[:3], row[3:]) for row in rows[1:]):
+        for i, name in enumerate(sets):
+            of_set = cells[3 * i : 3 * i + 3]
+            if set(of_set) != {"-"}:
+                found.append([*who, name, *of_set])
+                who = [""] * 3
+    return found
 
 
 def _wrapped(sentences: str) -> str:
