@@ -226,11 +226,11 @@ class TestWholeRun:
         for who in ("teacher", "hard_self", "soft_self"):
             assert f"| {who} | unlabelled | {summary_of(smoke, who)['kept']['cuts']} |" in results
         for student, arms in (
-            ("streaming", "hard_streaming, soft_streaming, softhard_streaming"),
-            ("self-training", "hard_self, soft_self, softhard_self"),
-            ("generation 2", "hard_self2, soft_self2"),
+            ("streaming", "supervised_streaming | hard_streaming | soft_streaming | softhard_streaming"),
+            ("self-training", "supervised_self | hard_self | soft_self | softhard_self"),
+            ("generation 2", "supervised_self | hard_self2 | soft_self2 | -"),
         ):
-            (row,) = [line for line in results.splitlines() if f"| {arms} |" in line]
+            (row,) = [line for line in results.splitlines() if f"| phase | {arms} |" in line]
             assert student in row.split("|")[1]
         page = (smoke.exp / "report.html").read_text()
         for words in (
