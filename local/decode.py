@@ -23,10 +23,11 @@ import math
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, List, Union
+from typing import Any, Union
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from transducer_kd.arguments import check_epoch, number, split_list  # noqa: E402
 from transducer_kd.log import run_main, setup_logging  # noqa: E402
 
 
@@ -89,15 +90,8 @@ def parse_arguments() -> argparse.Namespace:
 def add_number(group: Any, flag: str, default: Union[int, float], text: str, lowest: int = 1) -> None:
     """An option of the type of `default`: an integer from `lowest` on, or a number greater than 0."""
 
-    def number(given: str) -> Union[int, float]:
-        value = type(default)(given)
-        if isinstance(value, int) and value < lowest:
-            raise argparse.ArgumentTypeError(f"must be {lowest} or more, not {given}")
-        if isinstance(value, float) and not value > 0:
-            raise argparse.ArgumentTypeError(f"must be greater than 0, not {given}")
-        return value
-
-    group.add_argument(flag, type=number, default=default, help=f"{text} (default {default})")
+    kind = number(lowest if isinstance(default, int) else 0.0)
+    group.add_argument(flag, type=kind, default=default, help=f"{text} (default {default})")
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -105,10 +99,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     for flag, found in (("--decoding-method", args.methods), ("--test-parts", args.parts)):
         if not found:
             parser.error(f"{flag} names nothing")
-    if args.epoch == -1 and (args.avg > 1 or args.use_averaged_model):
-        parser.error(
-            "--epoch -1 is best-valid.pt, which has no average: leave --avg, --use-averaged-model out"
-        )
+    check_epoch(parser, args)
     if args.save_lattices and not any(m.startswith("fast_beam_search") for m in args.methods):
         parser.error("--save-lattices needs one of the fast_beam_search methods")
     by_hand = [args.las_mu, args.las_length_weight]
@@ -125,11 +116,6 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("--las-mu and --las-length-weight are given together, and instead of --tune-part")
     if not 0 <= args.las_mu <= 1 or not math.isfinite(args.las_length_weight):
         parser.error("--las-mu must be from 0 to 1 and --las-length-weight a number")
-
-
-def split_list(items: List[str]) -> List[str]:
-    """["a,b", "c"] -> [a, b, c], each once."""
-    return list(dict.fromkeys(name.strip() for item in items for name in item.split(",") if name.strip()))
 
 
 def main() -> int:

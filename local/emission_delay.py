@@ -19,6 +19,7 @@ from typing import Any, Dict
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from transducer_kd.arguments import split_list  # noqa: E402
 from transducer_kd.log import UserError, progress, run_main, setup_logging, write_json  # noqa: E402
 
 
@@ -52,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", default="auto", help="auto (the GPU where there is one), cpu, cuda or cuda:N")
     add("--num-threads", type=int, default=0, help="CPU threads of one operation; 0: torch's choice")
     args = parser.parse_args()
-    args.parts = list(dict.fromkeys(part.strip() for part in args.test_parts.split(",") if part.strip()))
+    args.parts = split_list([args.test_parts])
     if not args.parts:
         parser.error("--test-parts names nothing")
     if not args.max_duration > 0 or args.num_threads < 0:
@@ -68,6 +69,7 @@ def main() -> int:
 
     from transducer_kd import build
     from transducer_kd.train import ddp
+    from transducer_kd.train.experiment import git_commit
 
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
@@ -76,18 +78,24 @@ def main() -> int:
     reference = build.load_model(
         args.reference_exp_dir, args.reference_epoch, lang_dir=args.lang_dir, **of_both
     )
+    origin = build.origin_of("", reference.checkpoint, reference.model.state_dict())
+    name = args.reference_exp_dir.resolve().name
+    about = {
+        "reference": {"phase": name, "checkpoint": reference.checkpoint, "sha256": origin["sha256"]},
+        "commit": git_commit(),
+        "command": shlex.join(sys.argv),
+    }
     for exp_dir in args.exp_dir:
         loaded = build.load_model(exp_dir, args.epoch, lang_dir=args.lang_dir, **of_both)
-        write_json(exp_dir / "delay.json", delays_of(exp_dir, loaded, reference, args))
+        write_json(exp_dir / "delay.json", {**about, **delays_of(exp_dir, loaded, reference, args)})
     return 0
 
 
 def delays_of(exp_dir: Path, loaded: Any, reference: Any, args: argparse.Namespace) -> Dict[str, Any]:
-    """What delay.json of a phase holds."""
+    """What delay.json says of the phase itself."""
     from transducer_kd import build
     from transducer_kd.data.datamodule import load_cuts
     from transducer_kd.decode import alignment
-    from transducer_kd.train.experiment import git_commit
 
     if reference.tokenizer.sha256 != loaded.tokenizer.sha256:
         raise UserError(
@@ -104,19 +112,11 @@ def delays_of(exp_dir: Path, loaded: Any, reference: Any, args: argparse.Namespa
         batches = progress(data.test_batches(part, args.max_duration), desc=f"delays of {part}")
         found[part] = alignment.measure_delay(loaded.model, reference.model, batches, part)
         logging.info("%s, %s: %s", exp_dir.name, part, found[part].line())
-    origin = build.origin_of("", reference.checkpoint, reference.model.state_dict())
     return {
-        "reference": {
-            "phase": args.reference_exp_dir.resolve().name,
-            "checkpoint": reference.checkpoint,
-            "sha256": origin["sha256"],
-        },
         "checkpoint": loaded.checkpoint,
         "mode": "streaming" if loaded.config.model.encoder.chunk_size else "offline",
         "frame_ms": alignment.FRAME_MS,
         "parts": {part: dataclasses.asdict(delay) for part, delay in found.items()},
-        "commit": git_commit(),
-        "command": shlex.join(sys.argv),
     }
 
 

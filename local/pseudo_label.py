@@ -17,10 +17,11 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from transducer_kd.arguments import check_epoch, number, split_list  # noqa: E402
 from transducer_kd.log import run_main, setup_logging  # noqa: E402
 
 
@@ -52,28 +53,11 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     add("--max-repeats", type=int, default=3, help="of one to four words in a row (default %(default)s)")
     add("--refilter", action="store_true", help="make a set anew that was frozen with other filters")
     args = parser.parse_args(argv)
-    args.parts = list(dict.fromkeys(part.strip() for part in args.parts.split(",") if part.strip()))
+    args.parts = split_list([args.parts])
     if not args.parts:
         parser.error("--parts names nothing")
-    if args.epoch == -1 and (args.avg > 1 or args.use_averaged_model):
-        parser.error(
-            "--epoch -1 is best-valid.pt, which has no average: leave --avg, --use-averaged-model out"
-        )
+    check_epoch(parser, args)
     return args
-
-
-def number(lowest: Union[int, float]) -> Callable[[str], Union[int, float]]:
-    """An integer from `lowest` on or, where that is a float, a number greater than it."""
-
-    def parse(given: str) -> Union[int, float]:
-        value = type(lowest)(given)
-        if isinstance(lowest, int) and value < lowest:
-            raise argparse.ArgumentTypeError(f"must be {lowest} or more, not {given}")
-        if isinstance(lowest, float) and not value > lowest:
-            raise argparse.ArgumentTypeError(f"must be greater than {lowest:g}, not {given}")
-        return value
-
-    return parse
 
 
 def shard(given: str) -> Tuple[int, int]:

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "config": ("config_checks",),
     "config_checks": (),
     "log": (),
+    "arguments": (),
     # L1, independent of each other
     "data": (),
     "models": (),

@@ -10,6 +10,7 @@ import torch
 
 from transducer_kd import config as cfg
 from transducer_kd.data.datamodule import DataModule
+from transducer_kd.data.pseudo_labels import read_summary
 from transducer_kd.data.tokenizer import Tokenizer, check_same_tokens
 from transducer_kd.decode import wer
 from transducer_kd.decode.greedy import greedy_search
@@ -125,12 +126,7 @@ def _check_labels(
     """Where the pseudo-labels come from; teacher: the phase's own origin of one. UserError unless they are
     finished and fit."""
     folder = Path(config.data.pseudo_labels)
-    if not (folder / "summary.json").is_file():
-        raise UserError(
-            f"data.pseudo_labels={folder} has no summary.json, so its labels are not finished; run "
-            "local/pseudo_label.py, with all of its shards"
-        )
-    run, summary = (read_json(folder / name) for name in ("run.json", "summary.json"))
+    summary, run = read_summary(folder), read_json(folder / "run.json")
     if run["bpe_sha256"] != tokenizer.sha256:
         raise UserError(
             f"data.pseudo_labels={folder} was made with another BPE model than {tokenizer.path}; use the "

@@ -5,13 +5,15 @@
 
 current_stage="" current_name="" stage_log="" child=""
 
+is_asked() { [ "$1" -ge "$stage" ] && [ "$1" -le "$stop_stage" ]; }
+
 # run_stage NUMBER NAME MARK FINGERPRINT FUNCTION [ARGUMENT...]
 # Calls FUNCTION unless MARK says that it ended well with this FINGERPRINT, which holds every option that matters. With
 # another fingerprint the stage runs again, and FUNCTION finds redo=1, as with --force: earlier output is no use then.
 # Without a MARK the stage always runs.
 run_stage() {
   local mark=$3 start
-  if [ "$1" -lt "$stage" ] || [ "$1" -gt "$stop_stage" ]; then return 0; fi
+  is_asked "$1" || return 0
   redo=$force
   if [ -n "$mark" ] && [ -e "$mark" ]; then
     if [ "$(sed '$d' "$mark")" != "$4" ]; then
@@ -227,7 +229,7 @@ stage_features() {
 # run_stage for the phases $2... of stage $1, those of them that were asked for.
 train_stage() {
   local number=$1 phase
-  if [ "$number" -lt "$stage" ] || [ "$number" -gt "$stop_stage" ]; then return 0; fi
+  is_asked "$number" || return 0
   for phase in "${@:2}"; do
     [[ " $phases " == *" $phase "* ]] || continue
     run_stage "$number" "$phase" "$exp_root/$phase/.done" "$(phase_fingerprint "$phase"; dependencies "$phase")" \

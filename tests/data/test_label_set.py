@@ -246,7 +246,7 @@ def test_a_part_without_references_has_no_error_rate_and_needs_no_supervision(la
 def test_nothing_is_finished_while_units_are_missing(labelled):
     assert finish_set(labelled, num_units=4) is None
     assert not (labelled / "labels" / "cuts.jsonl.gz").exists()
-    with pytest.raises(UserError, match=r"summary.json does not exist.*run local/pseudo_label.py"):
+    with pytest.raises(UserError, match=r"has no summary.json.*run local/pseudo_label.py"):
         load_pseudo_labels(labelled / "labels", labelled / "fbank")
 
 

@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from transducer_kd.config import load_config
+from transducer_kd.config import load_config, to_dict
 from transducer_kd.log import UserError
 from transducer_kd.train import checkpoint as ckpt
 from transducer_kd.train import experiment, reuse
@@ -44,6 +44,7 @@ def test_the_same_weights_may_lie_elsewhere(begun):
     experiment.prepare_exp_dir(
         exp_dir, moved, 4, {"teacher": origin("a", "/other/disk"), "init": origin("b", "there")}
     )
+    assert json.loads((exp_dir / "config.json").read_text())["teacher"]["exp_dir"] == "/other/disk"
 
 
 @pytest.mark.parametrize(
@@ -74,13 +75,17 @@ def test_a_teacher_that_was_not_there_is_refused(begun):
 def test_a_folder_without_checkpoints_may_be_begun_anew(begun):
     exp_dir = begun(BOTH)
     (exp_dir / "checkpoint-5.pt").unlink()
-    experiment.prepare_exp_dir(exp_dir, load_config(None), 4, {"teacher": origin("c")})
+    experiment.prepare_exp_dir(exp_dir, load_config(None, ["optim.lr=0.5"]), 4, {"teacher": origin("c")})
+    assert json.loads((exp_dir / "config.json").read_text())["optim"]["lr"] == 0.5
 
 
 def test_a_run_that_knew_no_origins_goes_on(begun):
     exp_dir = begun({})
     (exp_dir / "meta.json").write_text('{"commit": "older"}')
+    # As of a time when none of the settings was there: all had their default.
+    (exp_dir / "config.json").write_text("{}")
     experiment.prepare_exp_dir(exp_dir, load_config(None), 4, {})
+    assert json.loads((exp_dir / "config.json").read_text()) == to_dict(load_config(None))
 
 
 # ---------------------------------------------------------------- taking over

@@ -52,14 +52,9 @@ def load_pseudo_labels(folder: Path, fbank_dir: Path) -> List[Cut]:
     teacher_sha256 and, where the teacher is stored, soft, which is for read_soft_targets. UserError where the
     set is not finished, or not the one that its summary.json describes.
     """
-    summary = Path(folder) / "summary.json"
-    if not summary.exists():
-        raise UserError(
-            f"{summary} does not exist, so the labels are not finished; run local/pseudo_label.py, with all "
-            "of its shards"
-        )
+    summary = read_summary(folder)
     cuts: List[Cut] = read_manifest("cuts", Path(folder) / "cuts.jsonl.gz")
-    if set_sha256(cuts) != read_json(summary)["sha256"]:
+    if set_sha256(cuts) != summary["sha256"]:
         raise UserError(
             f"{folder}/cuts.jsonl.gz is not the set that summary.json describes; delete both and run "
             "local/pseudo_label.py again"
@@ -68,6 +63,17 @@ def load_pseudo_labels(folder: Path, fbank_dir: Path) -> List[Cut]:
         if cut.has_features:
             cut.features.storage_path = str(Path(fbank_dir) / cut.features.storage_path)
     return cuts
+
+
+def read_summary(folder: Path) -> Dict[str, Any]:
+    """summary.json of a finished set. UserError where the set is not finished."""
+    path = Path(folder) / "summary.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder} has no summary.json, so its labels are not finished; run local/pseudo_label.py, with "
+            "all of its shards"
+        )
+    return read_json(path)
 
 
 def set_sha256(cuts: Sequence[Cut]) -> str:

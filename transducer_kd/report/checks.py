@@ -123,12 +123,4 @@ def _settings(phase: Phase) -> Dict[str, Any]:
     config = cfg.to_dict(cfg.from_dict(phase["config"], f"{phase['name']}/config.json"))
     kept = {name: config[name] for name in _SECTIONS}
     kept["train"] = {name: config["train"][name] for name in _OF_TRAIN}
-    return {key: value for key, value in flat(kept).items() if key not in _MAY_DIFFER}
-
-
-def flat(tree: Dict[str, Any], prefix: str = "") -> Dict[str, Any]:
-    """{"a.b": value} of nested dicts."""
-    found: Dict[str, Any] = {}
-    for key, value in tree.items():
-        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return found
+    return {key: value for key, value in cfg.flat(kept).items() if key not in _MAY_DIFFER}

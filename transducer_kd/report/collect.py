@@ -29,7 +29,6 @@ The result is one plain dict, which is also what report.json holds:
 A missing file is named under "missing"; a damaged one raises UserError.
 """
 
-import json
 import math
 import os
 import platform
@@ -37,7 +36,7 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-from transducer_kd.log import UserError, read_jsonl
+from transducer_kd.log import UserError, read_json, read_jsonl
 from transducer_kd.report import checks
 from transducer_kd.report.phases import arrange
 
@@ -131,7 +130,7 @@ def read_records(path: Path) -> List[Dict[str, Any]]:
     """The decoding records of one phase, [] where there is no file. UserError names a bad file and field."""
     if not path.exists():
         return []
-    records = _read_json(path)
+    records = read_json(path)
     if not isinstance(records, list):
         raise UserError(f"{path}: expected a list of records; move it away and decode again")
     for number, record in enumerate(records, 1):
@@ -189,7 +188,7 @@ def _read_phase(folder: Path, missing: List[str]) -> Dict[str, Any]:
     found: Dict[str, Any] = {"name": folder.name, "params_deployed": None}
     for name in ("config", "meta"):
         path = folder / f"{name}.json"
-        found[name] = _read_json(path) if path.exists() else None
+        found[name] = read_json(path) if path.exists() else None
         if found[name] is None:
             missing.append(f"{path.name} of phase {folder.name}")
         elif not isinstance(found[name], dict):
@@ -209,7 +208,7 @@ def _read_phase(folder: Path, missing: List[str]) -> Dict[str, Any]:
 def _read_delay(path: Path) -> Optional[Dict[str, Any]]:
     if not path.exists():
         return None
-    delay = _read_json(path)
+    delay = read_json(path)
     try:
         _numbers(delay, "frame_ms")
         for part in delay["parts"].values():
@@ -228,7 +227,7 @@ def _read_label_sets(folder: Path, missing: List[str]) -> List[Dict[str, Any]]:
         if not place.is_dir() or _is_aside(place):
             continue
         path = place / "summary.json"
-        summary = _read_json(path) if path.exists() else None
+        summary = read_json(path) if path.exists() else None
         if summary is None:
             missing.append(f"pseudo-labels of {place.name}, which are not finished (no summary.json)")
         else:
@@ -311,16 +310,7 @@ def _read_corpus(path: Optional[Path], phases: List[Dict[str, Any]]) -> Optional
         path = next((c for c in candidates if c.exists()), None)
     if path is None:
         return None
-    summary = _read_json(Path(path))
+    summary = read_json(Path(path))
     if not isinstance(summary, dict) or not isinstance(summary.get("parts"), dict):
         raise UserError(f"{path}: expected an object with parts")
     return summary
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON ({e}); move it away and make it again") from None

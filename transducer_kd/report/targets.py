@@ -197,7 +197,7 @@ def _architecture(phase: Dict[str, Any]) -> str:
         config = cfg.to_dict(cfg.from_dict(config))
     except UserError:
         pass  # of another version; as it is, it tells as much
-    flat = checks.flat(config["model"])
+    flat = cfg.flat(config["model"])
     kept = {k: v for k, v in flat.items() if not k.endswith(("dropout", "label_smoothing"))}
     return json.dumps(kept, sort_keys=True)
 

@@ -40,8 +40,6 @@ done
 filters=(--min-confidence "${min_confidence:-0.9}")
 [ "$scale" != smoke ] || filters=(--min-confidence 0 --min-token-rate 0 --max-token-rate 2 --max-repeats 1000)
 
-is_asked() { [ "$1" -ge "$stage" ] && [ "$1" -le "$stop_stage" ]; }
-
 # When the labels of phase $1 were complete; nothing where they are not, or not of what the phase is now.
 labels_ended() {
   local mark=$exp_root/labels/$1/.done
@@ -66,13 +64,11 @@ label_stage() {
     label "$2" "$dir" "$3"
 }
 label() {
-  local parts
-  parts=$(parts_of unlabelled)
   # Labels of other weights or with other options are of no use here, but nothing is deleted.
   if [ "$redo" = 1 ] && [ -d "$2" ]; then mv "$2" "$2.old-$(date +%Y%m%d-%H%M%S)"; fi
   local launcher=(python)
   [ "$nproc" = 1 ] || launcher=(python -m torch.distributed.run --standalone --nproc_per_node "$nproc")
-  run "${launcher[@]}" local/pseudo_label.py --exp-dir "$exp_root/$1" --use-averaged-model --parts "${parts// /,}" \
+  run "${launcher[@]}" local/pseudo_label.py --exp-dir "$exp_root/$1" --use-averaged-model --parts "${unlabelled// /,}" \
     --output-dir "$2" --soft "$3" --device "$device" "${filters[@]}"
 }
 
