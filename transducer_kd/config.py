@@ -75,6 +75,8 @@ class ModelConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     joiner_dim: int = 256
     las: LasConfig = field(default_factory=LasConfig)
+    # What is left out of the encoder in streaming mode (models/supernet.py): none | unit | block8x1.
+    pruned_groups: str = "none"
 
 
 @dataclass
@@ -151,6 +153,39 @@ class TwoPassConfig:
 
 
 @dataclass
+class PruningConfig:
+    """How the share of the groups that streaming mode leaves out grows (compress/pruning.py).
+
+    From begin_step on the groups are chosen anew every refresh_every updates, the last time at begin_step +
+    num_steps; then they are fixed.
+    """
+
+    sparsity: float = 0.0  # of each layer's groups, at the end
+    initial_sparsity: float = 0.0  # at begin_step; with masks taken over from init.exp_dir as much as these
+    begin_step: int = 0
+    num_steps: int = 1
+    refresh_every: int = 100
+
+
+@dataclass
+class Wav2Vec2Config:
+    """Pretraining of the encoder without text (objective wav2vec2; arXiv:2006.11477)."""
+
+    mask_prob: float = 0.065  # that a masked span begins at a frame; spans may overlap
+    mask_length: int = 10  # encoder frames
+    num_codebooks: int = 2
+    num_entries: int = 320  # of each codebook
+    codebook_dim: int = 128  # of all codebooks together
+    projection_dim: int = 128  # in which context and target are compared
+    num_distractors: int = 100  # of the same utterance's masked frames
+    similarity_temperature: float = 0.1  # kappa
+    gumbel_start: float = 2.0  # temperature of the quantiser
+    gumbel_end: float = 0.5  # reached at the last update, geometrically
+    diversity_weight: float = 0.1
+    penalty_weight: float = 1.0  # of the mean square of the features that are quantised
+
+
+@dataclass
 class SpecAugmentConfig:
     enabled: bool = True
     num_time_masks: int = 10
@@ -165,6 +200,7 @@ class DataConfig:
     fbank_dir: str = ""  # holds cuts_<part>.jsonl.gz
     lang_dir: str = ""  # holds bpe.model
     train_parts: List[str] = field(default_factory=lambda: ["train"])
+    train_share: float = 1.0  # of the cuts of train_parts, always the same ones
     valid_part: str = "dev"
     pseudo_labels: str = ""  # folder of local/pseudo_label.py, whose utterances join the train_parts
     pseudo_share: float = 0.0  # of the audio that is trained on; 0: every utterance once an epoch
@@ -218,7 +254,7 @@ class PhaseConfig:
     corpus: str = "synthetic"
     scale: str = "mini"
     phase: str = "teacher"
-    objective: str = "transducer"  # transducer | distill | las | two_pass
+    objective: str = "transducer"  # transducer | distill | las | two_pass | dual_mode | wav2vec2
     # Phases of the same experiment that the report sets this one against, with a paired bootstrap.
     compare_with: List[str] = field(default_factory=list)
     init: InitConfig = field(default_factory=InitConfig)
@@ -227,6 +263,8 @@ class PhaseConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     two_pass: TwoPassConfig = field(default_factory=TwoPassConfig)
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    wav2vec2: Wav2Vec2Config = field(default_factory=Wav2Vec2Config)
     spec_augment: SpecAugmentConfig = field(default_factory=SpecAugmentConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
