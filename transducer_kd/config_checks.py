@@ -6,7 +6,8 @@ from typing import Any
 from transducer_kd.log import UserError
 
 _CHOICES = {
-    "objective": ("transducer", "distill", "las", "two_pass"),
+    "objective": ("transducer", "distill", "las", "two_pass", "dual_mode", "wav2vec2"),
+    "model.pruned_groups": ("none", "unit", "block8x1"),
     "teacher.kind": ("none", "exp_dir", "torchscript"),
     "distill.utterances": ("all", "pseudo"),
     "distill.lattice": ("pruned", "full"),
@@ -28,16 +29,20 @@ _RANGES = {
     "loss.s_range data.max_duration_s data.max_cut_s data.num_buckets optim.lr optim.eps optim.clip_norm "
     "train.max_steps train.accumulate train.log_every train.valid_every train.save_every train.keep_last "
     "train.keep_epochs train.average_period init.avg teacher.avg distill.temperature "
-    "distill.utterances_at_once two_pass.las_kd_temperature",
-    "[2, inf)": "two_pass.mwer_nbest",  # a list of one has no error to weigh
+    "distill.utterances_at_once two_pass.las_kd_temperature pruning.num_steps pruning.refresh_every "
+    "wav2vec2.mask_length wav2vec2.num_codebooks wav2vec2.projection_dim wav2vec2.num_distractors "
+    "wav2vec2.similarity_temperature wav2vec2.gumbel_start wav2vec2.gumbel_end",
+    "[2, inf)": "two_pass.mwer_nbest wav2vec2.num_entries",  # a list of one has no error to weigh
     "[0, inf)": "model.encoder.head_dim model.encoder.chunk_size model.encoder.left_context "
     "model.las.num_encoder_layers loss.simple_loss_scale loss.warm_step "
     "loss.ctc_weight loss.pseudo_weight spec_augment.num_time_masks spec_augment.max_time_mask_frames "
     "spec_augment.num_feature_masks spec_augment.max_feature_mask_bins data.min_cut_s data.num_workers "
-    "distill.weight distill.frame_shift two_pass.mwer_weight "
+    "distill.weight distill.frame_shift two_pass.mwer_weight pruning.begin_step "
+    "wav2vec2.diversity_weight wav2vec2.penalty_weight "
     "optim.weight_decay optim.warmup_steps train.num_threads train.valid_wer_utterances train.max_nonfinite",
     "[0, 1)": "model.encoder.dropout model.decoder.dropout model.las.dropout model.las.label_smoothing "
-    "data.pseudo_share optim.betas",
+    "data.pseudo_share optim.betas pruning.sparsity pruning.initial_sparsity",
+    "(0, 1]": "data.train_share wav2vec2.mask_prob",
     "[-1, inf)": "init.epoch teacher.epoch",
     "[0, 1]": "loss.lm_scale loss.am_scale spec_augment.max_time_mask_fraction data.musan_prob "
     "optim.final_lr_ratio two_pass.rnnt_weight two_pass.las_kd_weight",
@@ -90,6 +95,7 @@ def check_values(config: Any, origin: str) -> None:
             )
     _check_objective(config, origin)
     _check_pseudo_labels(config, origin)
+    _check_pruning(config, origin)
     _check_encoder(config.model.encoder, origin)
     las = config.model.las
     if las.attention_dim % las.num_heads:
@@ -110,10 +116,10 @@ def _check_objective(config: Any, origin: str) -> None:
             else "does not train a LAS, objectives las and two_pass do; unset"
         )
         raise UserError(f"{origin}: objective={name} {what} model.las.enabled")
-    if kd and name not in ("distill", "two_pass"):
+    if kd and name not in ("distill", "two_pass", "dual_mode"):
         raise UserError(
-            f"{origin}: distill.weight={config.distill.weight} is for the objectives distill and two_pass, "
-            f"not {name}"
+            f"{origin}: distill.weight={config.distill.weight} is for the objectives distill, two_pass and "
+            f"dual_mode, not {name}"
         )
     if las_kd and not uses_las:
         raise UserError(
@@ -125,7 +131,11 @@ def _check_objective(config: Any, origin: str) -> None:
     has_teacher = config.teacher.kind != "none"
     if name == "distill" and not kd:
         raise UserError(f"{origin}: objective=distill needs distill.weight above 0; without, use transducer")
-    if (kd or las_kd) != has_teacher:
+    if name == "dual_mode" and has_teacher:
+        raise UserError(
+            f"{origin}: objective=dual_mode distils from its own full-context pass: unset teacher.kind"
+        )
+    if name != "dual_mode" and (kd or las_kd) != has_teacher:
         want = "needs a teacher: set" if kd or las_kd else "uses no teacher: set distill.weight, or unset"
         raise UserError(f"{origin}: objective={name} with these weights {want} teacher.kind")
     if las_kd and config.teacher.kind == "torchscript":
@@ -154,6 +164,31 @@ def _check_pseudo_labels(config: Any, origin: str) -> None:
         raise UserError(
             f"{origin}: loss.pseudo_weight=0 leaves pseudo-labelled utterances to distillation: set "
             "objective=distill, or leave data.pseudo_labels out"
+        )
+
+
+def _check_pruning(config: Any, origin: str) -> None:
+    """Two modes need a chunk size, masks need groups, codebooks need equal widths."""
+    encoder, groups = config.model.encoder, config.model.pruned_groups
+    if config.objective == "dual_mode" and not encoder.chunk_size:
+        raise UserError(f"{origin}: objective=dual_mode needs model.encoder.chunk_size, its streaming mode's")
+    if groups != "none" and not encoder.chunk_size:
+        raise UserError(
+            f"{origin}: model.pruned_groups={groups} is of streaming mode: set model.encoder.chunk_size"
+        )
+    pruning = config.pruning
+    if groups == "none" and (pruning.sparsity or pruning.initial_sparsity):
+        raise UserError(f"{origin}: pruning.sparsity={pruning.sparsity} needs model.pruned_groups")
+    if pruning.initial_sparsity > pruning.sparsity:
+        raise UserError(
+            f"{origin}: pruning.initial_sparsity={pruning.initial_sparsity} must not be above "
+            f"pruning.sparsity={pruning.sparsity}"
+        )
+    codes = config.wav2vec2
+    if codes.codebook_dim % codes.num_codebooks:
+        raise UserError(
+            f"{origin}: wav2vec2.codebook_dim={codes.codebook_dim} must be a multiple of "
+            f"num_codebooks={codes.num_codebooks}"
         )
 
 

@@ -61,6 +61,28 @@ def test_plain_average_takes_the_last_weights_of_each_epoch(tmp_path):
     assert name == "epoch-3-avg-2"
 
 
+@pytest.mark.parametrize("use_averaged_model, avg", [(True, 1), (False, 2)])
+def test_models_with_other_masks_are_not_averaged(tmp_path, use_averaged_model, avg):
+    save_run(tmp_path, WEIGHTS)
+    for epoch, refreshes in ((1, 3), (2, 7), (3, 7)):
+        path = tmp_path / f"epoch-{epoch}.pt"
+        content = ckpt.load_checkpoint(path)
+        for key in ("model", "model_avg"):
+            content[key].update(
+                {"masks.heads": torch.tensor([True]), "masks.refreshes": torch.tensor(refreshes)}
+            )
+        ckpt.save_checkpoint(path, content)
+    state, _, _ = ckpt.select_weights(tmp_path, 3, avg, use_averaged_model)
+    assert state["masks.heads"].dtype == torch.bool
+    # The masks are equal, but were chosen anew in between.
+    with pytest.raises(
+        UserError, match="masks.refreshes changed among the epochs up to [23] .*smaller --avg"
+    ):
+        ckpt.select_weights(tmp_path, 3, 2, True) if use_averaged_model else ckpt.select_weights(
+            tmp_path, 2, 2, False
+        )
+
+
 def test_span_without_a_sample_is_an_error():
     one = {"w": torch.ones(1)}
     with pytest.raises(UserError, match="larger --avg"):

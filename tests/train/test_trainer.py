@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from toy import ToyObjective, toy_batches, toy_trainer  # noqa: E402
 
 from transducer_kd.log import UserError
+from transducer_kd.objectives.base import LossOutput
 from transducer_kd.train import checkpoint as ckpt
 from transducer_kd.train import experiment
 from transducer_kd.train.metrics import read_train_log
@@ -258,3 +259,75 @@ def test_kill_9_at_any_moment_loses_nothing(tmp_path):
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL, timeout=120)
     toy_trainer(tmp_path / "whole", "train.save_every=1", "train.max_steps=40").run()
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+# ---------------------------------------------------------------- objectives of several passes
+
+
+class InTwoPasses(ToyObjective):
+    """The toy's loss, a third of it in the first pass and the rest in the second."""
+
+    num_passes = 2
+
+    def forward(self, batch, step, number=0):
+        output = super().forward(batch, step)
+        share = (1 / 3, 2 / 3)[number]
+        frames = output.encoder_out_lens * (1 if number == 0 else 100)  # those of the first pass count
+        return LossOutput(share * output.losses, frames, {"loss": share * output.metrics["loss"]})
+
+    def after_step(self, step):
+        return {"pruning/sparsity": 0.5} if step == 3 else {}
+
+    def histograms(self):
+        return {"codes": torch.tensor([3, 0, 1])}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_passes_of_a_batch_make_one_update(tmp_path, accumulate):
+    whole = toy_trainer(tmp_path / "whole", f"train.accumulate={accumulate}", dropout=0.0)
+    split = toy_trainer(tmp_path / "split", f"train.accumulate={accumulate}", dropout=0.0)
+    split.objective.__class__ = InTwoPasses
+    assert whole.run() and split.run()
+    assert torch.allclose(weights(whole), weights(split), atol=1e-6)
+    for one, other in zip(losses(tmp_path / "whole"), losses(tmp_path / "split")):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_a_second_pass_without_a_finite_loss_makes_no_update(tmp_path):
+    trainer = toy_trainer(tmp_path, dropout=0.0)
+    trainer.objective.__class__ = InTwoPasses
+    before, forward = weights(trainer), InTwoPasses.forward
+
+    def poisoned(batch, step, number=0):
+        output = forward(trainer.objective, batch, step, number)
+        if number == 1:
+            output.losses = output.losses * float("nan")
+        return output
+
+    trainer.objective.forward = poisoned
+    with pytest.raises(UserError, match="is not finite at update 0"):
+        trainer.run()
+    assert torch.equal(weights(trainer), before)
+
+
+def test_scalars_of_an_update_and_histograms_reach_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = toy_trainer(tmp_path)
+    trainer.objective.__class__ = InTwoPasses
+    validate = trainer.validate
+
+    def with_histograms(objective, step):
+        result = validate(objective, step)
+        result.histograms = objective.histograms()
+        return result
+
+    trainer.validate = with_histograms
+    trainer.run()
+    events = EventAccumulator(str(tmp_path / "tensorboard"), {"histograms": 0})
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/pruning/sparsity")] == [(3, 0.5)]
+    found = events.Histograms("codes")
+    assert [e.step for e in found] == [6, 12, 18]
+    assert found[0].histogram_value.num == 4 and found[0].histogram_value.sum == 2
+    assert found[0].histogram_value.bucket == [3, 0, 1]

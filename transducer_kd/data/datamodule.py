@@ -7,9 +7,11 @@ Skipping draws cuts without reading audio or features.
 T feature frames, T' encoder frames, U tokens.
 """
 
+import hashlib
 import itertools
 import logging
 import random
+import re
 import signal
 import warnings
 from pathlib import Path
@@ -41,6 +43,7 @@ class DataModule:
     encoder_lens: T -> T', the encoder's exact length formula. Training and validation cuts with T' < U have
     no transducer loss and are dropped; so are cuts outside [min_cut_s, max_cut_s] (training only) and those
     without text. `dropped` maps part -> reason -> cut ids; the log has the counts and the first ids.
+    Where needs_text is false, cuts without text, or with more tokens than frames, are trained on as well.
     soft_targets: batches bring the encoder output that was stored with the pseudo-labels. It belongs to the
     audio as it is, so that of pseudo-labelled cuts no speed-perturbed copies are made; nor are they where
     none is read, because training on soft and on hard targets is to be training on the same audio.
@@ -54,7 +57,9 @@ class DataModule:
         world_size: int = 1,
         rank: int = 0,
         soft_targets: bool = False,
+        needs_text: bool = True,
     ):
+        self.needs_text = needs_text
         self.cfg, self.tokenizer, self.encoder_lens = cfg, tokenizer, encoder_lens
         self.world_size, self.rank, self.soft_targets = world_size, rank, soft_targets
         self.dropped: Dict[str, Dict[str, List[str]]] = {}
@@ -180,6 +185,7 @@ class DataModule:
             cuts = self._load_part(part)
             if self.cfg.speed_perturb:
                 cuts = cuts + self._speed_copies(part, cuts)
+            cuts = share_of(cuts, self.cfg.train_share)
             kept += self._usable(part, cuts, self.cfg.min_cut_s, self.cfg.max_cut_s)
         return kept
 
@@ -226,13 +232,13 @@ class DataModule:
         kept, dropped = [], {}
         for cut, ids in zip(cuts, tokens):
             encoder_frames = self.encoder_lens(cut_frames(cut))
-            if not ids:
+            if not ids and self.needs_text:
                 reason = "no text"
             elif cut.duration < min_s:
                 reason = f"shorter than min_cut_s={min_s:g}"
             elif cut.duration > max_s:
                 reason = f"longer than max_cut_s={max_s:g}"
-            elif encoder_frames < max(1, len(ids)):
+            elif encoder_frames < max(1, len(ids) if self.needs_text else 0):
                 reason = "fewer encoder frames than tokens (T' < U)"
             else:
                 kept.append(cut)
@@ -294,6 +300,19 @@ def read_cuts(path: Path) -> List[Cut]:
             raise UserError(f"{path}: cut id {cut.id} appears twice; every utterance needs its own id")
         seen.add(cut.id)
     return cuts
+
+
+def share_of(cuts: Sequence[Cut], share: float) -> List[Cut]:
+    """About `share` of the cuts, in their order: always the same, a smaller share a part of a larger one.
+
+    A cut and its speed-perturbed copies are in it together.
+    """
+
+    def place(cut: Cut) -> float:
+        name = re.sub(r"_sp[\d.]+$", "", cut.id)
+        return int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) / 16**12
+
+    return [cut for cut in cuts if place(cut) < share]
 
 
 def piece_of_epoch(cuts: Sequence[Cut], wanted_s: float, epoch: int, seed: int) -> List[Cut]:

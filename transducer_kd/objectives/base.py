@@ -5,7 +5,7 @@ batches together, so that a gradient does not depend on how a batch was cut into
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Dict
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 from torch import nn
@@ -53,14 +53,39 @@ class Objective(nn.Module):
     model: nn.Module
     backend: str = "none"  # kernel of the transducer loss, for the record
     trains_first_pass: bool = True  # otherwise decoding during validation would say the same each time
+    # Forwards of one batch, each followed by its own backward: memory is that of one.
+    num_passes: int = 1
+    # What validation calls a WER, and the chunk size that it decodes with (None: the encoder's own).
+    wer_chunk_sizes: Tuple[Tuple[str, Optional[int]], ...] = (("wer", None),)
+    # Chooses the masks of a supernet after update `step`; returns scalars, none where it did nothing.
+    pruner: Optional[Callable[[int], Dict[str, float]]] = None
 
-    def forward(self, batch: Any, step: int) -> LossOutput:
-        """Loss of one batch at update `step` (0-based; loss weights may depend on it)."""
+    def forward(self, batch: Any, step: int, number: int = 0) -> LossOutput:
+        """Loss of one batch at update `step` (0-based; loss weights may depend on it).
+
+        number: of the pass, 0 to num_passes - 1, in this order for each batch; given where there are several.
+        Of the passes' lengths those of number 0 count. What several passes log under one name is added.
+        """
         raise NotImplementedError
 
-    def after_step(self, step: int) -> None:
-        """Called after each optimiser update: masks, schedules. Does nothing by default."""
+    def evaluate(self, batch: Any, step: int) -> LossOutput:
+        """All passes together, for validation."""
+        output = self(batch, step)
+        for number in range(1, self.num_passes):
+            more = self(batch, step, number)
+            output.losses = output.losses + more.losses
+            for name, value in more.metrics.items():
+                output.metrics[name] = output.metrics[name] + value if name in output.metrics else value
+        return output
+
+    def after_step(self, step: int) -> Dict[str, float]:
+        """Called after each optimiser update; returns scalars for TensorBoard."""
+        return self.pruner(step) if self.pruner is not None else {}
 
     def images(self, batch: Any, step: int) -> Dict[str, torch.Tensor]:
         """Named (H, W) pictures in [0, 1] of how the loss sees the first utterance, for TensorBoard."""
+        return {}
+
+    def histograms(self) -> Dict[str, torch.Tensor]:
+        """Named counts (n,) of the numbers 0 to n - 1 since the last call, for TensorBoard."""
         return {}

@@ -107,9 +107,21 @@ class TransducerObjective(Objective):
 
         guide: from the simple loss's occupancies (N,U,T'), (N,U+1,T') to those to prune by.
         """
+        encoder_out, encoder_out_lens = self.model.encode(x, batch.feature_lens, chunk_size=chunk_size)
+        return self.lattice_pass(
+            encoder_out, encoder_out_lens, self.model.decode_labels(batch.y), batch, guide
+        )
+
+    def lattice_pass(
+        self,
+        encoder_out: torch.Tensor,
+        encoder_out_lens: torch.Tensor,
+        decoder_out: torch.Tensor,
+        batch: Any,
+        guide: Optional[Callable[[Grads], Grads]] = None,
+    ) -> TransducerPass:
+        """Both transducer losses of what is encoded: (N,T',D), (N,), (N,U+1,D)."""
         model = self.model
-        encoder_out, encoder_out_lens = model.encode(x, batch.feature_lens, chunk_size=chunk_size)
-        decoder_out = model.decode_labels(batch.y)
         boundary = pruned_rnnt.make_boundary(batch.y_lens, encoder_out_lens)
         simple_loss, gradients = pruned_rnnt.simple_loss(
             lm=model.simple_lm_proj(decoder_out),

@@ -215,12 +215,28 @@ def select_weights(
             return content["model"], content, f"epoch-{epoch}"
         name += "-use-averaged-model"
         start = load_checkpoint(exp_dir / f"epoch-{epoch - avg}.pt")
+        _check_same_masks(exp_dir, [start["model"], content["model"]], epoch)
         state = average_of_span(
             start["model_avg"], content["model_avg"], _average_samples(start), _average_samples(content)
         )
         return state, content, name
     earlier = [load_checkpoint(exp_dir / f"epoch-{n}.pt")["model"] for n in range(epoch - avg + 1, epoch)]
+    _check_same_masks(exp_dir, earlier + [content["model"]], epoch)
     return average_of_states(earlier + [content["model"]]) if earlier else content["model"], content, name
+
+
+def _check_same_masks(exp_dir: Path, states: List[State], epoch: int) -> None:
+    """UserError where what is not averaged, such as the masks of a supernet and how often they were chosen,
+    differs: a mean over weights that were trained with other masks is the model of neither."""
+    last = states[-1]
+    for name, value in last.items():
+        if not value.is_floating_point() and any(not torch.equal(s[name], value) for s in states):
+            raise UserError(
+                f"{exp_dir}: {name} changed among the epochs up to {epoch} that are to be averaged, so their "
+                "weights belong to other masks; use a smaller --avg, or --avg 1 without "
+                "--use-averaged-model, or train on after the masks are fixed (pruning.begin_step + "
+                "pruning.num_steps)"
+            )
 
 
 def _average_samples(content: Dict[str, Any]) -> int:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List
 
+import torch
+
 from transducer_kd.log import atomic_write, read_jsonl
 
 
@@ -57,3 +59,16 @@ class TrainLog:
 def read_train_log(path: Path) -> List[Dict[str, Any]]:
     """Lines of a training log; a last line cut short by a killed process is left out."""
     return read_jsonl(Path(path), ("kind", "step"))
+
+
+def add_counts(writer: Any, name: str, counts: torch.Tensor, step: int) -> None:
+    """Show counts (n,) of the numbers 0 to n - 1 as a histogram, a bar for each number, in TensorBoard.
+
+    SummaryWriter.add_histogram would count itself; that of torch 1.13 fails with newer versions of numpy.
+    """
+    values = torch.arange(len(counts), dtype=torch.float64)
+    weights = counts.double().cpu()
+    writer.add_histogram_raw(
+        name, 0.0, float(len(counts)), float(weights.sum()), float((weights * values).sum()),
+        float((weights * values**2).sum()), (values + 0.5).tolist(), weights.tolist(), step,
+    )  # fmt: skip

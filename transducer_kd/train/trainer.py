@@ -24,7 +24,7 @@ from transducer_kd.log import UserError
 from transducer_kd.objectives.base import LossOutput, Objective
 from transducer_kd.train import checkpoint as ckpt
 from transducer_kd.train import ddp, faults
-from transducer_kd.train.metrics import MetricsWindow, TrainLog
+from transducer_kd.train.metrics import MetricsWindow, TrainLog, add_counts
 from transducer_kd.train.optim import build_grad_scaler, build_optimizer, learning_rate
 
 # Gradients are first accumulated of loss / 1024 and divided by the true frame count at the end. A power of
@@ -55,6 +55,7 @@ class Validation:
     metrics: Dict[str, float]
     texts: List[Tuple[str, str, str]] = field(default_factory=list)  # cut id, reference, hypothesis
     images: Dict[str, torch.Tensor] = field(default_factory=dict)  # (H, W) in [0, 1]
+    histograms: Dict[str, torch.Tensor] = field(default_factory=dict)  # counts (n,) of the numbers 0 .. n-1
 
 
 class Trainer:
@@ -186,7 +187,7 @@ class Trainer:
             return
         state.step += 1
         state.nonfinite = 0
-        self.objective.after_step(state.step)
+        scalars = self.objective.after_step(state.step)
         ckpt.update_running_average(
             self.average, self.objective.model, state.step, self.options.average_period
         )
@@ -197,25 +198,29 @@ class Trainer:
         if self.device.type == "cuda" and state.step % self.options.log_every == 0:
             torch.cuda.synchronize()
         state.elapsed_s += time.perf_counter() - start + data_seconds
-        self._after_update(batches[-1], rate)
+        self._after_update(batches[-1], rate, scalars)
 
     def _forward_backward(self, batch: Any, step: int, totals: Dict[str, float], last: bool) -> bool:
         """Add one batch's gradients and sums; False when its loss was not finite (no update then)."""
         batch = batch.to(self.device)
-        # Gradients travel between ranks once an update, with the last of the accumulated batches.
-        with contextlib.nullcontext() if last else ddp.no_sync(self.wrapped):
-            with self._autocast():
-                output: LossOutput = self.wrapped(batch, step)
-            loss_sum = output.loss_sum
-            is_finite = bool(torch.isfinite(loss_sum))
-            # One rank's bad batch drops the update on all of them, or their weights would part.
-            if ddp.all_reduce_sum([0.0 if is_finite else 1.0])[0]:
-                self._report_nonfinite(None if is_finite else (batch, output))
-                return False
-            self.scaler.scale(loss_sum / _PROVISIONAL_FRAMES).backward()
-        totals["num_frames"] += float(output.num_frames)
-        for name, value in output.metrics.items():
-            totals[name] = totals.get(name, 0.0) + float(value)
+        passes = self.objective.num_passes
+        for number in range(passes):
+            arguments = (batch, step) if passes == 1 else (batch, step, number)
+            # Gradients travel between ranks once an update, with the last pass of the last batch.
+            is_last = last and number == passes - 1
+            with contextlib.nullcontext() if is_last else ddp.no_sync(self.wrapped):
+                with self._autocast():
+                    output: LossOutput = self.wrapped(*arguments)
+                loss_sum = output.loss_sum
+                is_finite = bool(torch.isfinite(loss_sum))
+                # One rank's bad batch drops the update on all of them, or their weights would part.
+                if ddp.all_reduce_sum([0.0 if is_finite else 1.0])[0]:
+                    self._report_nonfinite(None if is_finite else (batch, output))
+                    return False
+                self.scaler.scale(loss_sum / _PROVISIONAL_FRAMES).backward()
+            totals["num_frames"] += float(output.num_frames) if number == 0 else 0.0
+            for name, value in output.metrics.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
         return True
 
     def _apply_gradients(self, num_frames: float) -> Optional[float]:
@@ -272,8 +277,11 @@ class Trainer:
 
     # ---------------------------------------------------------------- log, validate, save, resume
 
-    def _after_update(self, batch: Any, rate: float) -> None:
+    def _after_update(self, batch: Any, rate: float, scalars: Dict[str, float]) -> None:
         state, options = self.progress, self.options
+        if ddp.is_main():
+            for name, value in scalars.items():
+                self.writer.add_scalar(f"train/{name}", value, state.step)
         last = state.step == options.max_steps
         if state.step % options.log_every == 0 or last:
             self._log_window(batch, rate)
@@ -334,6 +342,8 @@ class Trainer:
             self.writer.add_scalar(f"valid/{name}", value, state.step)
         for name, image in result.images.items():
             self.writer.add_image(f"valid/{name}", image.unsqueeze(0), state.step)
+        for name, counts in result.histograms.items():
+            add_counts(self.writer, name, counts, state.step)
         if result.texts:
             rows = "\n".join(f"| {c} | {r} | {h} |" for c, r, h in result.texts)
             self.writer.add_text(

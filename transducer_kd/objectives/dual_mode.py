@@ -1,0 +1,82 @@
+"""A model of two modes: every batch is seen by the full-context pass and by the streaming pass.
+
+    L = L_rnnt(theta, full context) + L_rnnt(m theta, streaming) [+ gamma L_kd(full context -> streaming)]
+
+In a supernet the streaming pass has the masked weights m theta; without masks both modes are dense. gamma is
+distill.weight, for which no teacher is loaded: the streaming pass learns from what the full-context pass of
+the same batch has just said, without a gradient to it.
+
+The passes share the features, their subsampling and the decoder's output, and each has its backward before
+the next begins.
+
+Sources: dual-mode training, Yu et al. 2021 (arXiv:2010.06030); self-pruning, Liu et al. 2022
+(arXiv:2207.11906). N batch, T' encoder frames, U tokens, D channels.
+"""
+
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+
+from transducer_kd.config import DistillConfig, LossConfig
+from transducer_kd.losses.lattice_recursion import Grads
+from transducer_kd.models.spec_augment import SpecAugment
+from transducer_kd.models.subsampling import subsampled_lens
+from transducer_kd.models.transducer import Transducer
+from transducer_kd.objectives.base import LossOutput
+from transducer_kd.objectives.distill import DistillObjective, TeacherPass
+from transducer_kd.objectives.shared import SharedTensor
+
+MODES = ("offline", "streaming")  # pass 0, pass 1
+
+
+class DualModeObjective(DistillObjective):
+    """Both modes of `model`, whose encoder has a chunk size. What is logged is named by its mode."""
+
+    num_passes = len(MODES)
+    wer_chunk_sizes = (("wer", None), ("wer_offline", 0))
+
+    def __init__(
+        self, model: Transducer, loss: LossConfig, spec_augment: SpecAugment, distill: DistillConfig
+    ):
+        super().__init__(model, loss, spec_augment, distill, teacher=None)
+        self._shared: Tuple[SharedTensor, ...] = ()  # subsampled frames (N,T',D), decoder_out (N,U+1,D)
+        self._taught: Optional[TeacherPass] = None
+        self._occupancies: Optional[Grads] = None
+
+    @property
+    def teacher(self) -> Any:
+        """The model itself."""
+        return self.model
+
+    def forward(self, batch: Any, step: int, number: int = 0) -> LossOutput:
+        model, lens = self.model, subsampled_lens(batch.feature_lens)
+        if number == 0:
+            x = self.spec_augment(batch.features, batch.feature_lens)
+            self._shared = (
+                SharedTensor(model.encoder.subsampling(x)),
+                SharedTensor(model.decode_labels(batch.y)),
+            )
+            frames, decoder_out = (shared.leaf() for shared in self._shared)
+            encoder_out, _ = model.encode_frames(frames, lens, chunk_size=0)
+            done = self.lattice_pass(encoder_out, lens, decoder_out, batch)
+            self._taught = TeacherPass(encoder_out.detach(), lens, decoder_out.detach())
+            self._occupancies = done.occupancies
+            losses, terms = self.transducer_loss(done, batch, step)
+        else:
+            frames, decoder_out = (shared.joined() for shared in self._shared)
+            encoder_out, _ = model.encode_frames(frames, lens)
+            taught, self._shared, self._taught = self._taught, (), None
+            done = self.lattice_pass(encoder_out, lens, decoder_out, batch, self._guide(taught, batch))
+            losses, terms = self.transducer_loss(done, batch, step)
+            if self.distill.weight > 0:
+                terms["kd_loss"] = self.lattice_kd(done, taught, batch)
+                losses = losses + self.distill.weight * terms["kd_loss"]
+        return LossOutput.of_terms(losses, lens, _named(terms, MODES[number]))
+
+    def _teacher_occupancies(self, taught: TeacherPass, y: torch.Tensor, y_lens: torch.Tensor) -> Grads:
+        """Those that the full-context pass was pruned by."""
+        return self._occupancies
+
+
+def _named(terms: Dict[str, torch.Tensor], mode: str) -> Dict[str, torch.Tensor]:
+    return {f"{name}_{mode}": value for name, value in terms.items()}
