@@ -53,11 +53,15 @@ class ConvSubsampling(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.project(x))
+
+    def project(self, x: Tensor) -> Tensor:
+        """(N, T, C) -> (N, T', D), the frames before the norm: their scale is still that of the weights."""
         x = (x - LOG_MEL_MEAN) * LOG_MEL_SCALE
         x = F.silu(self._first(x))
         x = F.silu(self.conv2(x))
         # Channels last, so that flattening (F', S) is a view.
-        return self.norm(self.out(x.permute(0, 2, 3, 1).flatten(2)))
+        return self.out(x.permute(0, 2, 3, 1).flatten(2))
 
     def _first(self, x: Tensor) -> Tensor:
         """conv1 as one matrix product over 3x3 patches: (N, T, C) -> (N, S, T1, C1) in channels-last memory.
