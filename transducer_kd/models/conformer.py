@@ -123,13 +123,22 @@ class ConformerLayer(nn.Module):
             nn.init.zeros_(branch.out.bias)
 
     def forward(
-        self, x: Tensor, rotary: Tensor, bias: Tensor, padding: Optional[Tensor], causal: bool
+        self,
+        x: Tensor,
+        rotary: Tensor,
+        bias: Tensor,
+        padding: Optional[Tensor],
+        causal: bool,
+        dropout: Optional[float] = None,
     ) -> Tensor:
-        """x (N, T', D); rotary, bias: see SelfAttention; padding (N, T', 1) bool. Returns (N, T', D)."""
-        x = self._add_half(x, self.ff1(self.ff1_norm(x)))
-        x = x + self._drop(self.attention(self.attention_norm(x), rotary, bias))
-        x = x + self._drop(self.conv(self.conv_norm(x), padding, causal)[0])
-        return self._add_half(x, self.ff2(self.ff2_norm(x)))
+        """x (N, T', D); rotary, bias: see SelfAttention; padding (N, T', 1) bool; dropout: None for the
+        configured one. Returns (N, T', D).
+        """
+        dropout = self.dropout if dropout is None else dropout
+        x = self._add_half(x, self.ff1(self.ff1_norm(x)), dropout)
+        x = x + self._drop(self.attention(self.attention_norm(x), rotary, bias), dropout)
+        x = x + self._drop(self.conv(self.conv_norm(x), padding, causal)[0], dropout)
+        return self._add_half(x, self.ff2(self.ff2_norm(x)), dropout)
 
     def streaming(
         self,
@@ -143,19 +152,19 @@ class ConformerLayer(nn.Module):
         caches.
         """
         cached_attn, cached_conv = (cache.transpose(0, 1) for cache in caches)
-        x = self._add_half(x, self.ff1(self.ff1_norm(x)))
+        x = self._add_half(x, self.ff1(self.ff1_norm(x)), self.dropout)
         y = self.attention_norm(x)
         x = x + self.attention(y, rotary, bias, cached_attn)
         new_attn = torch.cat([cached_attn, y], dim=1)[:, y.size(1) :]
         y, new_conv = self.conv(self.conv_norm(x), padding, True, cached_conv)
-        x = self._add_half(x + y, self.ff2(self.ff2_norm(x + y)))
+        x = self._add_half(x + y, self.ff2(self.ff2_norm(x + y)), self.dropout)
         return x, new_attn.transpose(0, 1), new_conv.transpose(0, 1)
 
-    def _drop(self, y: Tensor) -> Tensor:
-        return F.dropout(y, self.dropout) if self.training and self.dropout > 0 else y
+    def _drop(self, y: Tensor, dropout: float) -> Tensor:
+        return F.dropout(y, dropout) if self.training and dropout > 0 else y
 
-    def _add_half(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.add(x, self._drop(y), alpha=0.5)
+    def _add_half(self, x: Tensor, y: Tensor, dropout: float) -> Tensor:
+        return torch.add(x, self._drop(y, dropout), alpha=0.5)
 
 
 class Conformer(nn.Module):
@@ -181,21 +190,28 @@ class Conformer(nn.Module):
         Raises:
             ValueError: an utterance is too short for one encoder frame, or a length exceeds T.
         """
+        return self.encode_frames(*self.subsample(x, x_lens), chunk_size)
+
+    def subsample(self, x: Tensor, x_lens: Tensor) -> Tuple[Tensor, Tensor]:
+        """The first part of forward: x (N, T, C), x_lens (N,) -> frames (N, T', D), lens (N,)."""
         if not torch.jit.is_tracing():
             _check_lens(x, x_lens)
-        return self.encode_frames(self.subsampling(x), subsampled_lens(x_lens), chunk_size)
+        return self.subsampling(x), subsampled_lens(x_lens)
 
     def encode_frames(
-        self, x: Tensor, lens: Tensor, chunk_size: Optional[int] = None
+        self, x: Tensor, lens: Tensor, chunk_size: Optional[int] = None, dropout: Optional[float] = None
     ) -> Tuple[Tensor, Tensor]:
-        """What follows the subsampling: x (N, T', D), lens (N,) -> (N, T', D), lens."""
+        """What follows the subsampling: x (N, T', D), lens (N,) -> (N, T', D), lens.
+
+        chunk_size, dropout: None for the configured one.
+        """
         chunk_size = self.cfg.chunk_size if chunk_size is None else chunk_size
         num_frames = x.size(1)
         bias = sequence_bias(lens, num_frames, chunk_size, self.cfg.left_context)
         padding = ~valid_mask(lens, num_frames).unsqueeze(-1)
         rotary = self.rotary(num_frames, x.device)
         for layer in self.layers:
-            x = layer(x, rotary, bias, padding, chunk_size > 0)
+            x = layer(x, rotary, bias, padding, chunk_size > 0, dropout)
         return self.norm(x), lens
 
     def streaming_init(self, num_streams: int, device: torch.device) -> StreamingState:

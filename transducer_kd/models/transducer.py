@@ -52,7 +52,15 @@ class Transducer(nn.Module):
         """(N, T, C), (N,) -> encoder_out (N, T', encoder_dim), encoder_out_lens (N,). See
         Conformer.forward.
         """
-        return self.encoder(x, x_lens, chunk_size)
+        return self.encode_frames(*self.encoder.subsample(x, x_lens), chunk_size)
+
+    def encode_frames(
+        self, frames: Tensor, lens: Tensor, chunk_size: Optional[int] = None
+    ) -> Tuple[Tensor, Tensor]:
+        """What follows the subsampling, which passes of both modes may share: frames (N, T', encoder_dim),
+        lens (N,) -> encoder_out (N, T', encoder_dim), lens.
+        """
+        return self.encoder.encode_frames(frames, lens, chunk_size)
 
     def decode_labels(self, y: Tensor) -> Tensor:
         """Labels y (N, U), padded, without blanks -> decoder_out (N, U+1, D); row u has seen u labels."""
