@@ -68,7 +68,8 @@ Model and training
   --set PHASE:SECTION.KEY=VALUE    of one phase, such as student:distill.weight=5
   --nproc N                    training processes, one per GPU (torchrun; default 1)
   --device auto|cpu|cuda|cuda:N    (default auto: the GPU where there is one)
-  --controls                   two_pass: also train the students without a teacher (others always train controls)
+  --controls                   two_pass: also train the students without a teacher. dual_mode: also other sparsities
+                               and groups, and a quarter of the labels. The others always train all controls
 
 Environment
   --env k2|modern              .venv or .venv-modern; tools/setup.sh makes it when it is missing

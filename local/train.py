@@ -79,7 +79,12 @@ def main() -> int:
         tokenizer = build.build_tokenizer(config.data)
         objective, origins = build.build_objective(config, tokenizer)
         data = build.build_data(
-            config.data, tokenizer, processes.world_size, processes.rank, config.distill.stored
+            config.data,
+            tokenizer,
+            processes.world_size,
+            processes.rank,
+            soft_targets=config.distill.stored,
+            needs_text=config.objective != "wav2vec2",
         )
         validator = build.Validator(data, tokenizer, config.train.valid_wer_utterances, processes.device)
         trainer = Trainer(

@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 
 from transducer_kd import config as cfg
+from transducer_kd.compress.pruning import Pruner, mask_image
 from transducer_kd.data.datamodule import DataModule
 from transducer_kd.data.pseudo_labels import read_summary
 from transducer_kd.data.tokenizer import Tokenizer, check_same_tokens
@@ -19,11 +20,15 @@ from transducer_kd.models.frozen import Frozen
 from transducer_kd.models.scripted import load_scripted
 from transducer_kd.models.spec_augment import SpecAugment
 from transducer_kd.models.subsampling import subsampled_lens
+from transducer_kd.models.supernet import Supernet
 from transducer_kd.models.transducer import Transducer
+from transducer_kd.models.wav2vec2 import Wav2Vec2
 from transducer_kd.objectives.base import Objective
 from transducer_kd.objectives.distill import DistillObjective
+from transducer_kd.objectives.dual_mode import DualModeObjective
 from transducer_kd.objectives.transducer import TransducerObjective
 from transducer_kd.objectives.two_pass import LasObjective, TwoPassObjective
+from transducer_kd.objectives.wav2vec2 import Wav2Vec2Objective
 from transducer_kd.train import checkpoint as ckpt
 from transducer_kd.train import faults
 from transducer_kd.train.trainer import Validation
@@ -40,9 +45,10 @@ class LoadedModel:
 
 
 def build_model(config: cfg.PhaseConfig, vocab_size: int) -> Transducer:
-    """The phase's model with fresh weights, the same for the same `train.seed`."""
+    """The phase's transducer with fresh weights, the same for the same `train.seed`."""
     torch.manual_seed(config.train.seed)
-    return Transducer(config.model, vocab_size, with_ctc=config.loss.ctc_weight > 0)
+    model_class = Transducer if config.model.pruned_groups == "none" else Supernet
+    return model_class(config.model, vocab_size, with_ctc=config.loss.ctc_weight > 0)
 
 
 def build_objective(
@@ -54,6 +60,8 @@ def build_objective(
     UserError where one of them is missing or does not fit.
     """
     model, origins = build_model(config, tokenizer.vocab_size), {}
+    if config.objective == "wav2vec2":
+        model = Wav2Vec2(model, config.wav2vec2)
     if config.objective in ("las", "two_pass"):
         _require(config.init.exp_dir, "init.exp_dir", "the trained phase to begin with")
     if config.init.exp_dir:
@@ -65,21 +73,33 @@ def build_objective(
         origins["labels"] = _check_labels(config, tokenizer, origins.get("teacher"))
     else:
         _check_no_labels(config)
+    objective = _objective_of(model, config, tokenizer, teacher)
+    if config.pruning.sparsity > 0:
+        objective.pruner = Pruner(model, config.pruning)
+    return objective, origins
+
+
+def _objective_of(
+    model: torch.nn.Module, config: cfg.PhaseConfig, tokenizer: Tokenizer, teacher: Optional[Frozen]
+) -> Objective:
     augment = SpecAugment(config.spec_augment)
+    if config.objective == "wav2vec2":
+        return Wav2Vec2Objective(model, config.wav2vec2, config.train.max_steps)
+    if config.objective == "dual_mode":
+        return DualModeObjective(model, config.loss, augment, config.distill)
     if config.objective == "las":
-        return LasObjective(model, augment, config.two_pass, teacher), origins
+        return LasObjective(model, augment, config.two_pass, teacher)
     if config.objective == "two_pass":
 
         def to_words(tokens: List[int]) -> List[str]:
             return tokenizer.decode(tokens).split()
 
-        objective = TwoPassObjective(
+        return TwoPassObjective(
             model, config.loss, augment, config.distill, config.two_pass, teacher, to_words
         )
-        return objective, origins
     if config.objective == "distill":
-        return DistillObjective(model, config.loss, augment, config.distill, teacher), origins
-    return TransducerObjective(model, config.loss, augment), origins
+        return DistillObjective(model, config.loss, augment, config.distill, teacher)
+    return TransducerObjective(model, config.loss, augment)
 
 
 def build_teacher(config: cfg.TeacherConfig, tokenizer: Tokenizer) -> Tuple[Frozen, Dict[str, str]]:
@@ -153,23 +173,28 @@ def _require(value: str, key: str, what: str) -> None:
         raise UserError(f"{key} is not set; pass --set {key}=... ({what})")
 
 
-def _start_from(model: Transducer, init: cfg.InitConfig, tokenizer: Tokenizer) -> Dict[str, Any]:
-    """Load an earlier phase's weights into `model`; only a whole CTC head and a whole LAS may be new, or be
-    left behind."""
+def _start_from(model: Any, init: cfg.InitConfig, tokenizer: Tokenizer) -> Dict[str, Any]:
+    """Load an earlier phase's weights into `model`; only a whole CTC head, a whole LAS and all masks may be
+    new, or be left behind, and everything but the encoder where the earlier phase had no text."""
     state, content, checkpoint = ckpt.select_weights(
         Path(init.exp_dir), init.epoch, init.avg, init.use_averaged_model
     )
     _check_bpe(init.exp_dir, content, tokenizer)
-    reference = model.state_dict()
+    reference, there = model.state_dict(), cfg.from_dict(content["config"], init.exp_dir)
+    if there.model.pruned_groups != model.config.pruned_groups:
+        state = {k: v for k, v in state.items() if _part(k) != "masks"}  # of other groups
     own = {_part(k) for k in state} & {_part(k) for k in reference}
+    replaceable = {"las", "ctc_output", "masks"}
+    if there.objective == "wav2vec2":
+        replaceable = {_part(k) for k in (*state, *reference)} - {"encoder"}
     for key in sorted(state.keys() | reference.keys()):
-        there, here = (tuple(s[key].shape) if key in s else "nothing" for s in (state, reference))
-        if there != here and (_part(key) in own or _part(key) not in ("las", "ctc_output")):
+        found, wanted = (tuple(s[key].shape) if key in s else "nothing" for s in (state, reference))
+        if found != wanted and (_part(key) in own or _part(key) not in replaceable):
             raise UserError(
-                f"init.exp_dir={init.exp_dir} does not fit the model of this phase: {key} is {there} there "
-                f"and {here} here; give both phases the same model section"
+                f"init.exp_dir={init.exp_dir} does not fit the model of this phase: {key} is {found} there "
+                f"and {wanted} here; give both phases the same model section"
             )
-    heads = cfg.from_dict(content["config"], init.exp_dir).model.encoder.num_heads
+    heads = there.model.encoder.num_heads
     if heads != model.config.encoder.num_heads:  # the shapes do not tell
         raise UserError(
             f"init.exp_dir={init.exp_dir} has model.encoder.num_heads={heads} and this phase has "
@@ -204,10 +229,12 @@ def build_data(
     world_size: int = 1,
     rank: int = 0,
     soft_targets: bool = False,
+    needs_text: bool = True,
 ) -> DataModule:
     """Batches of the phase; utterances the encoder makes shorter than their tokens are dropped there.
-    soft_targets: with the stored teacher of pseudo-labelled ones (distill.stored)."""
-    return DataModule(config, tokenizer, subsampled_lens, world_size, rank, soft_targets)
+    soft_targets: with the stored teacher of pseudo-labelled ones (distill.stored). needs_text: false for
+    pretraining, which has no use for it."""
+    return DataModule(config, tokenizer, subsampled_lens, world_size, rank, soft_targets, needs_text)
 
 
 def build_tokenizer(config: cfg.DataConfig) -> Tokenizer:
@@ -218,7 +245,7 @@ def build_tokenizer(config: cfg.DataConfig) -> Tokenizer:
 
 
 class Validator:
-    """Mean losses over the validation part, and the WER of a few utterances decoded greedily."""
+    """Mean losses over the validation part, and each mode's WER of a few utterances decoded greedily."""
 
     def __init__(self, data: DataModule, tokenizer: Tokenizer, num_utterances: int, device: torch.device):
         self.data, self.tokenizer = data, tokenizer
@@ -227,31 +254,36 @@ class Validator:
     def __call__(self, objective: Objective, step: int) -> Validation:
         """Run on rank 0, without gradients, the objective in eval mode."""
         sums: Dict[str, float] = {}
-        frames, texts, images = 0.0, [], {}
+        texts: Dict[str, List[Tuple[str, str, str]]] = {name: [] for name, _ in objective.wer_chunk_sizes}
+        frames, images = 0.0, {}
         for batch in self.data.valid_batches():
             with faults.naming_out_of_memory([batch], step, "validation with "):
                 batch = batch.to(self.device)
-                output = objective(batch, step)
+                output = objective.evaluate(batch, step)
             frames += float(output.num_frames)
             for name, value in output.metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
             if not images:
                 images = objective.images(batch, step)
-            if len(texts) < self.num_utterances and objective.trains_first_pass:
-                texts += self._decode(objective.model, batch)
+            if objective.trains_first_pass:
+                for name, chunk_size in objective.wer_chunk_sizes:
+                    if len(texts[name]) < self.num_utterances:
+                        texts[name] += self._decode(objective.model, batch, chunk_size)
         if not frames:
             raise UserError(
                 "the validation part (data.valid_part) has no usable cut; see the counts in the log"
             )
         metrics = {name: value / frames for name, value in sums.items()}
-        texts = texts[: self.num_utterances]
-        if texts:
-            pairs = [(cut, ref.split(), hyp.split()) for cut, ref, hyp in texts]
-            metrics["wer"] = wer.word_error_rate(pairs)
-        return Validation(metrics, texts, images)
+        for name, found in texts.items():
+            found = texts[name] = found[: self.num_utterances]
+            if found:
+                metrics[name] = wer.word_error_rate([(cut, r.split(), h.split()) for cut, r, h in found])
+        if objective.pruner is not None:
+            images["masks"] = mask_image(objective.model.masks)
+        return Validation(metrics, texts["wer"], images, objective.histograms())
 
-    def _decode(self, model: Transducer, batch: Any) -> List[Tuple[str, str, str]]:
-        encoder_out, encoder_out_lens = model.encode(batch.features, batch.feature_lens)
+    def _decode(self, model: Transducer, batch: Any, chunk_size: Optional[int]) -> List[Tuple[str, str, str]]:
+        encoder_out, encoder_out_lens = model.encode(batch.features, batch.feature_lens, chunk_size)
         found = greedy_search(model, encoder_out, encoder_out_lens)
         hyps = [self.tokenizer.decode(h.tokens) for h in found]
         return list(zip(batch.cut_ids, batch.texts, hyps))
@@ -273,6 +305,11 @@ def load_model(
         raise UserError(f"there is no experiment folder {exp_dir}; train the phase first (run.sh)")
     state, content, name = ckpt.select_weights(exp_dir, epoch, avg, use_averaged_model)
     config = cfg.from_dict(content["config"], str(exp_dir))
+    if config.objective == "wav2vec2":
+        raise UserError(
+            f"{exp_dir} was pretrained without text and cannot recognise anything: begin a phase with it "
+            "(--set init.exp_dir=...), and use that"
+        )
     written = exp_dir / "config.json"
     if written.is_file():  # of a training that was taken over, the checkpoints name the recipe that ran it
         config.recipe = read_json(written).get("recipe", config.recipe)

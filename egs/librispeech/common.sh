@@ -11,7 +11,8 @@
 #   begins_with=([student]=base)  whose weights a phase begins with (init.exp_dir); those without are left out
 #   learns_from=([student]=teacher)    who teaches it (teacher.exp_dir)
 #   methods=greedy_search,...     what the phases are decoded with, as far as the environment can. Streaming phases are
-#                                 also decoded with streaming_greedy_search
+#                                 also decoded with streaming_greedy_search, those of two modes in both, those of
+#                                 objective wav2vec2 not at all
 #   first_pass=METHOD             only where phases have a LAS: of what method it rescores the hypotheses
 #   start_recipe                  activates the environment, makes the folders, reads all configurations
 #   data_stages                   stages 0 and 1

@@ -295,6 +295,7 @@ last_stages() {
 decode_stage() {
   local phase these done=0
   for phase in $phases; do
+    [ "$(config_value "$phase" objective)" != wav2vec2 ] || continue # knows no text
     if ! is_current "$phase"; then
       [ ! -e "$exp_root/$phase/.done" ] ||
         log "Stage 6: $phase began with or learnt from what was made anew since: run its stage; not decoded"
@@ -333,7 +334,7 @@ possible_methods() {
   echo "$methods"
 }
 
-# Decodes the test parts with a phase. $1: phase; $2: methods, commas between them.
+# Decodes the test parts with a phase, one of two modes in both. $1: phase; $2: methods, commas between them.
 decode_phase() {
   local test tune args=()
   test=$(parts_of test)
@@ -342,8 +343,10 @@ decode_phase() {
     tune=$(tune_part)
     args+=(--tune-part "$tune")
   fi
-  run python local/decode.py --exp-dir "$exp_root/$1" --use-averaged-model --decoding-method "$2" \
-    --test-parts "${test// /,}" --device "$device" ${args[@]+"${args[@]}"}
+  args+=(--exp-dir "$exp_root/$1" --use-averaged-model --test-parts "${test// /,}" --device "$device")
+  run python local/decode.py "${args[@]}" --decoding-method "$2"
+  [ "$(config_value "$1" objective)" = dual_mode ] || return 0
+  run python local/decode.py "${args[@]}" --decoding-method "${2%,streaming_greedy_search}" --chunk-size 0
 }
 
 # Makes the report of everything in exp_root and prints the results table. What a smoke run scores is no result.
