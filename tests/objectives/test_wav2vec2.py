@@ -130,6 +130,7 @@ def test_an_encoder_without_chunks_has_one_pass(objective, batch):
 # ---------------------------------------------------------------- losses and metrics
 
 
+@torch.no_grad()
 def test_loss_is_the_sum_of_its_terms_and_metrics_read_as_named(objective, batch):
     objective = objective(diversity_weight=0.3, penalty_weight=0.7).eval()
     output = objective.evaluate(batch, 0)
