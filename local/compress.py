@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Select a smaller student's first weights from a trained phase: layers, attention heads, feed-forward units.
+"""Make a smaller model of a trained phase: first weights of a student, or a supernet's streaming mode.
+
+Selecting a student's first weights: layers, attention heads, feed-forward units.
 
   local/compress.py --exp-dir EXP/teacher --config egs/librispeech/progressive/conf/mini/step1.yaml \\
       --set data.lang_dir=DIR --output-dir EXP/init/step1
@@ -11,18 +13,28 @@ teacher section would teach with (teacher.epoch, teacher.avg, teacher.use_averag
     epoch-1.pt       a checkpoint that init.exp_dir can name. A CTC head that the trained phase has not, and
                      any LAS, are not in it and begin fresh
     selection.json   what each layer was made of, and the numbers of parameters before and after
+
+Extracting the streaming mode of a phase that trained a supernet, as a phase of its own:
+
+  local/compress.py --extract --exp-dir EXP/supernet --epoch 12 --avg 3 --use-averaged-model \\
+      --output-dir EXP/supernet_streaming
+  local/decode.py --exp-dir EXP/supernet_streaming
+
+Without what the masks leave out it computes the same. Beside the two files above, the folder gets config.json
+and meta.json like any phase; selection.json also says what the modes weigh (transducer_kd/compress/size.py).
 """
 
 import argparse
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from transducer_kd.arguments import check_epoch, number  # noqa: E402
 from transducer_kd.config import EncoderConfig, load_config, to_dict  # noqa: E402
-from transducer_kd.log import run_main, setup_logging, write_json  # noqa: E402
+from transducer_kd.log import UserError, run_main, setup_logging, write_json  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,19 +42,45 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--exp-dir", type=Path, required=True, help="the trained phase to select from")
-    add("--config", type=Path, required=True, help="phase YAML of the student")
+    add("--exp-dir", type=Path, required=True, help="the trained phase to select or extract from")
     add("--output-dir", type=Path, required=True, help="where epoch-1.pt and selection.json go")
-    add(
+    group = parser.add_argument_group("selecting")
+    group.add_argument("--config", type=Path, help="phase YAML of the student")
+    group.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE",
         help="override a setting of the student, as for local/train.py; data.lang_dir is needed",
     )  # fmt: skip
-    return parser.parse_args()
+    group = parser.add_argument_group("extracting")
+    group.add_argument("--extract", action="store_true", help="the streaming mode of a supernet")
+    epoch = "N for epoch-N.pt; 0: the last one; -1: best-valid.pt (default 0)"
+    group.add_argument("--epoch", type=number(-1), default=0, help=epoch)
+    group.add_argument("--avg", type=number(1), default=1, help="average over this many epochs (default 1)")
+    group.add_argument(
+        "--use-averaged-model", action="store_true", help="average all weights seen in those epochs"
+    )
+    args = parser.parse_args()
+    check_epoch(parser, args)
+    chosen = args.epoch != 0 or args.avg > 1 or args.use_averaged_model
+    if args.extract and (args.config or args.set):
+        parser.error("--extract takes the configuration of --exp-dir: leave --config and --set out")
+    if not args.extract and (chosen or not args.config):
+        parser.error(
+            "--epoch, --avg, --use-averaged-model go with --extract; to select, set teacher.epoch and so on"
+            if chosen
+            else "name the student's phase YAML with --config, or pass --extract"
+        )
+    return args
 
 
 def main() -> int:
     args = parse_arguments()
     setup_logging()
+    (extract_streaming if args.extract else select_student)(args)
+    return 0
+
+
+def select_student(args: argparse.Namespace) -> None:
+    """First weights for a phase of `args.config`."""
     config = load_config(args.config, args.set)
     # Imported late: --help and a mistyped option should answer at once.
     from transducer_kd import build
@@ -74,16 +112,74 @@ def main() -> int:
     )
     print(table(layers, teacher.config.encoder))
     print(f"parameters deployed: {before:,} -> {after:,} ({100 * (1 - after / before):.1f} % smaller)")
-    return 0
+
+
+def extract_streaming(args: argparse.Namespace) -> None:
+    """A phase that is the streaming mode of `args.exp_dir`'s supernet."""
+    from transducer_kd import build
+    from transducer_kd.compress import extract, size
+    from transducer_kd.train import checkpoint, experiment
+
+    output_dir: Path = args.output_dir
+    if experiment.has_checkpoints(output_dir) and not (output_dir / "selection.json").exists():
+        raise UserError(f"{output_dir} holds a training, which would be lost; name another --output-dir")
+    loaded = build.load_model(args.exp_dir, args.epoch, args.avg, args.use_averaged_model)
+    if loaded.config.model.pruned_groups == "none":
+        raise UserError(
+            f"{args.exp_dir} has no masks (model.pruned_groups=none), so there is nothing to extract; name a "
+            "phase that trained a supernet"
+        )
+    supernet, masks = loaded.model, loaded.model.masks
+    model_config, state = extract.extract(supernet)
+    config = dataclasses.replace(loaded.config, phase=output_dir.resolve().name, model=model_config)
+    student = build.build_model(config, loaded.tokenizer.vocab_size)
+    origin = build.origin_of(str(args.exp_dir), loaded.checkpoint, supernet.state_dict())
+    own = {**build.origin_of(str(output_dir), "epoch-1", state), "selected_from": origin}
+    total = sum(p.numel() for p in student.parameters())
+    before, after = supernet.deployed_parameters(), student.deployed_parameters()
+    layers = extract.kept_groups(masks)
+    sizes = {"offline": size.count(supernet, 0), "streaming": size.count(supernet)}
+    selection = {
+        "selected_from": origin,
+        "layers": layers,
+        "parameters": {"before": before, "after": after},
+        "sizes": {mode: dataclasses.asdict(found) for mode, found in sizes.items()},
+    }
+    parameters = {"deployed": after, "total": total}
+    sha256 = loaded.tokenizer.sha256
+    meta = {"bpe_sha256": sha256, "parameters": parameters, "origins": {"init": own}}
+    content = {"model": state, "config": to_dict(config), "bpe_sha256": sha256, "selected_from": origin}
+    write_json(output_dir / "selection.json", selection)
+    write_json(output_dir / "config.json", to_dict(config))
+    experiment.write_meta(output_dir, meta)
+    checkpoint.save_checkpoint(output_dir / "epoch-1.pt", content)  # last: with it the phase is whole
+    print(block_table(layers, masks) if masks.has_blocks else table(layers, supernet.config.encoder))
+    rows = [("mode", *selection["sizes"]["streaming"])]
+    rows += [(mode, *(f"{n:,}" for n in found.values())) for mode, found in selection["sizes"].items()]
+    print(aligned(rows))
+
+
+def block_table(layers: List[Dict[str, int]], masks: Any) -> str:
+    """Share of the blocks of each layer's matrices that is kept."""
+    rows = [("layer", *masks.kept())]
+    for layer in layers:
+        shares = (layer[name] / mask[0].numel() for name, mask in masks.kept().items())
+        rows.append((str(layer["layer"]), *(f"{100 * share:.0f} %" for share in shares)))
+    return aligned(rows)
 
 
 def table(layers: List[Dict[str, Any]], teacher: EncoderConfig) -> str:
     """What each layer is made of: the teacher's layer and heads by number, units of ff1 and ff2 counted."""
     rows = [("layer", "from layer", "heads", "units of ff1", "units of ff2")]
-    for number, layer in enumerate(layers):
+    for position, layer in enumerate(layers):
         heads = " ".join(map(str, layer["heads"])) + f" of {teacher.num_heads}"
         units = [f"{len(layer[name])} of {teacher.feedforward_dim}" for name in ("ff1", "ff2")]
-        rows.append((str(number), f"{layer['layer']} of {teacher.num_layers}", heads, *units))
+        rows.append((str(position), f"{layer['layer']} of {teacher.num_layers}", heads, *units))
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns under each other, to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
 

@@ -1,4 +1,6 @@
-"""local/compress.py: weights that a phase can begin with, what it writes about them, what it refuses."""
+"""local/compress.py: first weights for a phase, a supernet's streaming mode as a phase, what it writes
+about them, what it refuses.
+"""
 
 import importlib.util
 import json
@@ -10,11 +12,13 @@ import pytest
 import torch
 
 from transducer_kd import build
-from transducer_kd.compress import select
+from transducer_kd.compress import select, size
+from transducer_kd.compress.pruning import choose_masks
 from transducer_kd.config import load_config, to_dict
 from transducer_kd.data.batch import Batch
 from transducer_kd.data.tokenizer import train_bpe
 from transducer_kd.log import UserError
+from transducer_kd.report import phases
 from transducer_kd.train import checkpoint as ckpt
 from transducer_kd.train import experiment
 
@@ -78,19 +82,29 @@ def make_batch(tokenizer):
 
 
 @pytest.fixture
-def compress(place, tmp_path, monkeypatch):
-    """Function: run the program with --set options -> its output folder."""
+def program(monkeypatch):
+    """Function: run the program with these options."""
     spec = importlib.util.spec_from_file_location("compress_program", PROGRAM)
     program = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
 
-    def run(*overrides, exp_dir=place / "exp", lang_dir=place / "lang"):
+    def run(*words):
         monkeypatch.setattr(program, "setup_logging", lambda: None)
-        words = ["--config", str(place / "conf.yaml"), "--output-dir", str(tmp_path / "init")]
+        monkeypatch.setattr(sys, "argv", ["compress.py", *map(str, words)])
+        assert program.main() == 0
+
+    return run
+
+
+@pytest.fixture
+def compress(place, tmp_path, program):
+    """Function: select with --set options -> the output folder."""
+
+    def run(*overrides, exp_dir=place / "exp", lang_dir=place / "lang"):
+        words = ["--config", place / "conf.yaml", "--output-dir", tmp_path / "init"]
         for item in (f"data.lang_dir={lang_dir}", *overrides):
             words += ["--set", item]
-        monkeypatch.setattr(sys, "argv", ["compress.py", "--exp-dir", str(exp_dir), *words])
-        assert program.main() == 0
+        program("--exp-dir", exp_dir, *words)
         return tmp_path / "init"
 
     return run
@@ -200,3 +214,114 @@ def test_other_tokens_and_an_untrained_phase_are_refused(place, compress, tmp_pa
         compress(*SMALLER, lang_dir=other.path.parent)
     with pytest.raises(UserError, match="there is no experiment folder .*gone; train the phase first"):
         compress(*SMALLER, exp_dir=place / "gone")
+
+
+# ---------------------------------------------------------------- --extract
+
+EXTRACT = ["model.encoder.chunk_size=3", "model.encoder.left_context=6"]
+
+
+@pytest.fixture(params=["unit", "block8x1"])
+def supernet_dir(request, place, tmp_path):
+    """A phase of three epochs: a supernet whose masks are chosen in the first and fixed from then on."""
+    config = configure(place, *EXTRACT, f"model.pruned_groups={request.param}", "phase=supernet")
+    tokenizer = build.build_tokenizer(config.data)
+    model = build.build_model(config, tokenizer.vocab_size)
+    average = ckpt.start_running_average(model)
+    model.masks.assign(choose_masks(model, 0.5))
+    for step in (5, 10, 15):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+        ckpt.update_running_average(average, model, step, config.train.average_period)
+        content = {
+            "model": model.state_dict(),
+            "model_avg": average,
+            "progress": {"step": step},
+            "config": to_dict(config),
+            "bpe_sha256": tokenizer.sha256,
+        }
+        ckpt.save_checkpoint(tmp_path / f"supernet/epoch-{step // 5}.pt", content)
+    return tmp_path / "supernet"
+
+
+@pytest.mark.parametrize("choice", [[], ["--epoch", 2], ["--avg", 2, "--use-averaged-model"]])
+def test_an_extracted_phase_computes_what_the_supernet_does(program, supernet_dir, tmp_path, choice):
+    output_dir = tmp_path / "streaming"
+    program("--extract", "--exp-dir", supernet_dir, "--output-dir", output_dir, *choice)
+    supernet = build.load_model(
+        supernet_dir, 2 if "--epoch" in choice else 0, 2 if "--avg" in choice else 1, "--avg" in choice
+    )
+    loaded = build.load_model(output_dir)
+    assert (loaded.config.phase, loaded.config.model.pruned_groups) == ("streaming", "none")
+    batch = make_batch(loaded.tokenizer)
+    with torch.no_grad():
+        found, expected = (
+            own.model.encode(batch.features, batch.feature_lens)[0] for own in (loaded, supernet)
+        )
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    selected_from = ckpt.load_checkpoint(output_dir / "epoch-1.pt")["selected_from"]
+    path, state = str(supernet_dir), supernet.model.state_dict()
+    assert selected_from == build.origin_of(path, supernet.checkpoint, state)
+
+
+def test_an_extracted_phase_is_described_like_any_other(program, supernet_dir, tmp_path, capsys):
+    output_dir = tmp_path / "streaming"
+    for _ in range(2):  # again in the same place
+        program("--extract", "--exp-dir", supernet_dir, "--output-dir", output_dir)
+    names = ["config.json", "epoch-1.pt", "meta.json", "selection.json"]
+    assert sorted(path.name for path in output_dir.iterdir()) == names
+    config, meta, selection = (
+        json.loads((output_dir / name).read_text()) for name in (names[0], names[2], names[3])
+    )
+    loaded, supernet = build.load_model(output_dir), build.load_model(supernet_dir)
+    assert config == {**to_dict(loaded.config)}
+    total = sum(p.numel() for p in loaded.model.parameters())
+    assert meta["parameters"] == {"deployed": loaded.model.deployed_parameters(), "total": total}
+    init = meta["origins"]["init"]
+    assert init["selected_from"] == selection["selected_from"]
+    assert init == {**build.origin_of(str(output_dir), "epoch-1", loaded.model.state_dict()), **init}
+    found = [{"name": "supernet", "config": to_dict(supernet.config), "meta": {}, "params_deployed": 2}]
+    found.append({"name": "streaming", "config": config, "meta": meta, "params_deployed": 1})
+    of_report = {p["name"]: p for p in phases.arrange(found, tmp_path)}
+    assert of_report["streaming"]["begins_with"] == "supernet" and of_report["streaming"]["is_selected"]
+
+    whole, sparse = size.count(supernet.model, 0), size.count(supernet.model)
+    assert selection["sizes"] == {"offline": vars(whole), "streaming": vars(sparse)}
+    assert size.count(loaded.model).value_bytes == sparse.value_bytes < whole.value_bytes
+    before = supernet.model.deployed_parameters()
+    assert selection["parameters"] == {"before": before, "after": meta["parameters"]["deployed"]}
+    shown = capsys.readouterr().out
+    assert f"{sparse.nonzero_parameters:,}" in shown and f"{whole.value_bytes:,}" in shown
+    first, layer = shown.splitlines()[1].split(), selection["layers"][0]
+    if supernet.config.model.pruned_groups == "unit":
+        heads = f"{layer['heads'][0]} of 2"
+        assert first == f"0 0 of 2 {heads} 12 of 24 12 of 24".split()
+    else:
+        assert first[:3] == ["0", f"{100 * layer['ff1_hidden'] / (3 * 16):.0f}", "%"]
+
+
+def test_what_cannot_be_extracted_is_refused(program, place, supernet_dir, tmp_path):
+    with pytest.raises(UserError, match=r"exp has no masks \(model.pruned_groups=none\)"):
+        program("--extract", "--exp-dir", place / "exp", "--output-dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="supernet holds a training, which would be lost"):
+        program("--extract", "--exp-dir", supernet_dir, "--output-dir", supernet_dir)
+    with pytest.raises(UserError, match="epoch-7.pt does not exist"):
+        program("--extract", "--exp-dir", supernet_dir, "--output-dir", tmp_path / "out", "--epoch", 7)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "name the student's phase YAML with --config, or pass --extract"),
+        (["--config", "x.yaml", "--avg", "2"], "go with --extract; to select, set teacher.epoch"),
+        (["--extract", "--set", "a=b"], "leave --config and --set out"),
+        (["--extract", "--epoch", "-1", "--avg", "2"], "--epoch -1 is best-valid.pt"),
+        (["--extract", "--avg", "0"], "must be 1 or more, not 0"),
+    ],
+)
+def test_options_that_make_no_sense_together_are_refused(program, tmp_path, capsys, words, message):
+    with pytest.raises(SystemExit):
+        program("--exp-dir", tmp_path, "--output-dir", tmp_path / "out", *words)
+    assert message in " ".join(capsys.readouterr().err.split())
