@@ -117,6 +117,7 @@ def test_numbers_that_make_no_sense_are_refused(override, message):
 
 
 TEACHER = ["teacher.kind=exp_dir"]
+UNITS = ["model.pruned_groups=unit", "model.encoder.chunk_size=8"]
 LAS = ["model.las.enabled=true"]
 DISTILL = ["objective=distill", "distill.weight=1"]
 
@@ -124,7 +125,22 @@ DISTILL = ["objective=distill", "distill.weight=1"]
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["objective=ctc"], "objective='ctc' is not one of transducer, distill, las, two_pass"),
+        (
+            ["objective=ctc"],
+            "objective='ctc' is not one of transducer, distill, las, two_pass, dual_mode, wav2vec2",
+        ),
+        (["objective=dual_mode"], r"objective=dual_mode needs model\.encoder\.chunk_size"),
+        (["model.pruned_groups=unit"], r"pruned_groups=unit is of streaming mode: set"),
+        (["pruning.sparsity=0.5"], r"pruning\.sparsity=0\.5 needs model\.pruned_groups"),
+        (
+            [*UNITS, "pruning.sparsity=0.5", "pruning.initial_sparsity=0.6"],
+            r"initial_sparsity=0\.6 must not be above pruning\.sparsity=0\.5",
+        ),
+        (
+            ["objective=dual_mode", *UNITS, "distill.weight=1", *TEACHER],
+            r"dual_mode distils from its own full-context pass: unset teacher\.kind",
+        ),
+        (["wav2vec2.codebook_dim=7"], r"codebook_dim=7 must be a multiple of num_codebooks=2"),
         (["teacher.kind=onnx"], r"teacher\.kind='onnx' is not one of none, exp_dir, torchscript"),
         (["distill.form=half"], r"distill\.form='half' is not one of full, collapsed"),
         (["objective=las"], r"objective=las trains the LAS: set model\.las\.enabled"),
@@ -134,7 +150,10 @@ DISTILL = ["objective=distill", "distill.weight=1"]
             ["objective=distill", "distill.weight=1", *TEACHER, *LAS],
             r"objective=distill does not train a LAS.*unset model\.las\.enabled",
         ),
-        (["distill.weight=1", *TEACHER], r"distill\.weight=1\.0 is for the objectives distill and two_pass"),
+        (
+            ["distill.weight=1", *TEACHER],
+            r"distill\.weight=1\.0 is for the objectives distill, two_pass and dual_mode",
+        ),
         (["objective=las", *LAS, "distill.weight=1", *TEACHER], r"distill\.weight=1\.0 .* not las"),
         (
             ["two_pass.las_kd_weight=0.5", *TEACHER],
@@ -192,6 +211,8 @@ def test_objectives_use_what_is_asked_for(overrides, message):
         [*DISTILL, *TEACHER, "distill.utterances=pseudo", "distill.stored=true", "loss.pseudo_weight=0"],
         ["objective=transducer", "data.pseudo_share=0.5", "loss.pseudo_weight=0.5"],
         ["objective=las", *LAS],
+        ["objective=dual_mode", *UNITS, "pruning.sparsity=0.5", "distill.weight=1"],
+        ["objective=wav2vec2", *UNITS],
         ["objective=las", *LAS, "two_pass.las_kd_weight=1", *TEACHER],
         ["objective=two_pass", *LAS, "two_pass.mwer_weight=1"],
         ["objective=two_pass", *LAS, "distill.weight=1", "teacher.kind=torchscript"],

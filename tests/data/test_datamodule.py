@@ -20,7 +20,7 @@ from lhotse import CutSet
 
 from transducer_kd.config import DataConfig
 from transducer_kd.data import dataset as dataset_module
-from transducer_kd.data.datamodule import DataModule, duration_bins, load_cuts, piece_of_epoch
+from transducer_kd.data.datamodule import DataModule, duration_bins, load_cuts, piece_of_epoch, share_of
 from transducer_kd.data.dataset import mix_at_snr
 from transducer_kd.data.pseudo_labels import pack_soft, set_sha256
 from transducer_kd.data.tokenizer import Tokenizer
@@ -34,10 +34,11 @@ def encoder_lens(frames: int) -> int:
 
 @pytest.fixture
 def build(prepared):
-    def make(world_size=1, rank=0, lens=encoder_lens, soft_targets=False, **settings):
+    def make(world_size=1, rank=0, lens=encoder_lens, soft_targets=False, needs_text=True, **settings):
         config = DataConfig(fbank_dir=str(prepared.fbank), lang_dir=str(prepared.lang), max_duration_s=12.0)
         config = dataclasses.replace(config, **settings)
-        return DataModule(config, Tokenizer(prepared.lang), lens, world_size, rank, soft_targets)
+        tokenizer = Tokenizer(prepared.lang)
+        return DataModule(config, tokenizer, lens, world_size, rank, soft_targets, needs_text)
 
     return make
 
@@ -233,6 +234,26 @@ def test_text_that_the_tokens_do_not_cover_is_pointed_out(build, prepared, tmp_p
     save_manifest(cuts, tmp_path / "cuts_train.jsonl.gz")
     next(build(fbank_dir=str(tmp_path)).train_batches(1))
     assert "<unk>" in caplog.text and cuts[0].id in caplog.text
+
+
+def test_without_need_of_text_nothing_is_dropped_for_it(build):
+    with_text = ids_of(build(lens=lambda frames: 3).train_batches(1))
+    without = ids_of(build(lens=lambda frames: 3, needs_text=False).train_batches(1))
+    assert len(with_text) < len(without)
+    assert sorted(without) == sorted(ids_of(build().train_batches(1)))
+
+
+def test_a_share_of_the_labels_is_always_the_same_and_part_of_a_larger_one(build, prepared):
+    whole = set(ids_of(build().train_batches(1)))
+    shares = {}
+    for share in (0.3, 0.7):
+        shares[share] = set(ids_of(build(train_share=share).train_batches(1)))
+        assert shares[share] == set(ids_of(build(train_share=share).train_batches(2)))
+    assert shares[0.3] < shares[0.7] < whole
+    cuts = [cut.with_id(f"cut-{i}") for i in range(2000) for cut in load_cuts(prepared.fbank, "train")[:1]]
+    assert len(share_of(cuts, 0.25)) == pytest.approx(500, abs=60)
+    copies = [cut.with_id(f"{cut.id}_sp0.9") for cut in cuts]
+    assert [c.id for c in share_of(copies, 0.25)] == [f"{c.id}_sp0.9" for c in share_of(cuts, 0.25)]
 
 
 def test_several_training_parts_are_one_epoch(build):

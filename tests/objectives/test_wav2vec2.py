@@ -232,8 +232,8 @@ def test_histograms_are_of_the_codes_that_validation_used(objective, batch):
         frames = float(objective.evaluate(batch, 0).num_frames)
     found = objective.histograms()
     assert set(found) == {"codes_0", "codes_1"}
-    assert len(found["codes_0"]) == round(frames * (sum(masked) + masked[0]))
-    assert found["codes_1"].max() < 6 and len(found["codes_1"].unique()) > 1
+    assert int(found["codes_0"].sum()) == round(frames * (sum(masked) + masked[0]))
+    assert len(found["codes_1"]) == 6 and int((found["codes_1"] > 0).sum()) > 1
     assert objective.histograms() == {}
 
 

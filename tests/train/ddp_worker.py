@@ -14,8 +14,10 @@ from transducer_kd.data.batch import collate
 from transducer_kd.models.frozen import Frozen
 from transducer_kd.models.spec_augment import SpecAugment
 from transducer_kd.models.subsampling import subsampled_lens
+from transducer_kd.models.supernet import Supernet
 from transducer_kd.models.transducer import Transducer
 from transducer_kd.objectives.distill import DistillObjective
+from transducer_kd.objectives.dual_mode import DualModeObjective
 from transducer_kd.objectives.transducer import TransducerObjective
 from transducer_kd.objectives.two_pass import LasObjective, TwoPassObjective
 from transducer_kd.train import checkpoint, ddp
@@ -46,7 +48,13 @@ OBJECTIVES = {
         "objective=distill distill.weight=2 distill.ranges_from=teacher distill.utterances=pseudo "
         "distill.stored=true teacher.kind=exp_dir loss.pseudo_weight=0"
     ).split(),
+    # Two passes of each batch, masks that gloo cannot send.
+    "dual_mode": (
+        "objective=dual_mode model.encoder.chunk_size=4 model.pruned_groups=unit distill.weight=1"
+    ).split(),
 }
+
+KEPT = {"ff1": [[True, False] * 6], "ff2": [[False, True, True] * 4], "heads": [[True, False]]}
 
 
 def build_objective(name, config):
@@ -54,8 +62,12 @@ def build_objective(name, config):
     torch.manual_seed(99)
     teacher = Frozen(Transducer(config.model, VOCAB))
     torch.manual_seed(ddp.rank())
-    model = Transducer(config.model, VOCAB, with_ctc=True)
+    model_class = Supernet if name == "dual_mode" else Transducer
+    model = model_class(config.model, VOCAB, with_ctc=True)
     augment = SpecAugment(SpecAugmentConfig(enabled=False))
+    if name == "dual_mode":
+        model.masks.assign({part: torch.tensor(kept) for part, kept in KEPT.items()})
+        return DualModeObjective(model, config.loss, augment, config.distill)
     if name == "las":
         return LasObjective(model, augment, config.two_pass, teacher)
     if name == "two_pass":

@@ -170,9 +170,6 @@ class Wav2Vec2Objective(Objective):
         return start * (end / start) ** min(1.0, step / self.max_steps)
 
     def histograms(self) -> Dict[str, torch.Tensor]:
-        """`codes_<g>` (n,): the entries of each codebook that validation has used since the last call."""
+        """`codes_<g>` (V,): how often validation has used each entry of a codebook since the last call."""
         counts, self._codes_seen = self._codes_seen, None
-        if counts is None:
-            return {}
-        entries = torch.arange(counts.size(1), device=counts.device)
-        return {f"codes_{g}": entries.repeat_interleave(count) for g, count in enumerate(counts)}
+        return {} if counts is None else {f"codes_{g}": count for g, count in enumerate(counts)}

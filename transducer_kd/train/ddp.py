@@ -141,6 +141,9 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     """`module` with synchronised gradients and rank 0's weights; itself when this process is alone."""
     if world_size() == 1:
         return module
+    # Gloo cannot send bools. They are masks, which every process chooses alike.
+    masks = [name for name, buffer in module.named_buffers() if buffer.dtype == torch.bool]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, masks)
     return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
 
 

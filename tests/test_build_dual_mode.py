@@ -1,0 +1,160 @@
+"""Building the phases of recipe dual_mode: first weights, masks, validation of both modes."""
+
+import pytest
+import torch
+
+from transducer_kd import build
+from transducer_kd.config import load_config, to_dict
+from transducer_kd.data.batch import Batch
+from transducer_kd.data.tokenizer import train_bpe
+from transducer_kd.log import UserError
+from transducer_kd.models.supernet import Supernet
+from transducer_kd.models.wav2vec2 import Wav2Vec2
+from transducer_kd.objectives.dual_mode import DualModeObjective
+from transducer_kd.objectives.transducer import TransducerObjective
+from transducer_kd.objectives.wav2vec2 import Wav2Vec2Objective
+from transducer_kd.train import checkpoint as ckpt
+
+TEXTS = ["TURN ON THE LIGHTS", "PLAY MUSIC", "SET A TIMER FOR TEN MINUTES"]
+SMALL = [
+    "model.encoder.num_layers=2", "model.encoder.encoder_dim=16", "model.encoder.num_heads=2",
+    "model.encoder.feedforward_dim=24", "model.encoder.cnn_module_kernel=5", "model.decoder.decoder_dim=12",
+    "model.encoder.subsampling_channels=2", "model.joiner_dim=10", "model.encoder.chunk_size=4",
+    "loss.backend=torch", "loss.s_range=3", "wav2vec2.num_entries=8", "wav2vec2.codebook_dim=6",
+    "wav2vec2.projection_dim=5",
+]  # fmt: skip
+UNITS = ["model.pruned_groups=unit", "pruning.sparsity=0.5", "pruning.num_steps=100"]
+BLOCKS = ["model.pruned_groups=block8x1", *UNITS[1:]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train_bpe(TEXTS * 3, tmp_path_factory.mktemp("lang"), 30)
+
+
+def built(tokenizer, *overrides):
+    config = load_config(None, [*SMALL, f"data.lang_dir={tokenizer.path.parent}", *overrides])
+    return config, *build.build_objective(config, tokenizer)
+
+
+def save(exp_dir, tokenizer, config, model):
+    content = {
+        "model": model.state_dict(),
+        "model_avg": ckpt.start_running_average(model),
+        "progress": {"step": 1},
+        "config": to_dict(config),
+        "bpe_sha256": tokenizer.sha256,
+    }
+    ckpt.save_checkpoint(exp_dir / "epoch-1.pt", content)
+
+
+@pytest.fixture
+def pretrained(tokenizer, tmp_path):
+    """A phase that was pretrained, with masks of its own -> its folder, its model."""
+    config, objective, _ = built(tokenizer, "objective=wav2vec2", "train.seed=5", *UNITS)
+    objective.model.masks.ff1[:, ::3] = False
+    save(tmp_path, tokenizer, config, objective.model)
+    return tmp_path, objective.model
+
+
+@pytest.mark.parametrize(
+    "overrides, objective_class, model_class, is_pruned",
+    [
+        (["objective=wav2vec2", *UNITS], Wav2Vec2Objective, Wav2Vec2, True),
+        (["objective=dual_mode", *UNITS], DualModeObjective, Supernet, True),
+        (["objective=dual_mode", *BLOCKS], DualModeObjective, Supernet, True),
+        (["objective=transducer", *UNITS], TransducerObjective, Supernet, True),
+        (["objective=dual_mode", "model.pruned_groups=unit"], DualModeObjective, Supernet, False),
+    ],
+)
+def test_what_is_built(tokenizer, overrides, objective_class, model_class, is_pruned):
+    _, objective, origins = built(tokenizer, *overrides)
+    assert type(objective) is objective_class and type(objective.model) is model_class and origins == {}
+    assert (objective.pruner is not None) == is_pruned
+    assert objective.after_step(1) == {}  # not yet
+
+
+def test_a_supernet_begins_with_encoder_and_masks_of_the_pretraining(tokenizer, pretrained, caplog):
+    folder, model = pretrained
+    caplog.set_level("INFO")
+    _, objective, origins = built(tokenizer, "objective=dual_mode", f"init.exp_dir={folder}", *UNITS)
+    found, wanted = objective.model.state_dict(), model.state_dict()
+    for name in found:
+        if name.startswith(("encoder.", "masks.")):
+            assert torch.equal(found[name], wanted[name]), name
+    assert "fresh: decoder joiner simple_am_proj simple_lm_proj" in caplog.text
+    assert origins["init"]["path"] == str(folder)
+
+
+def test_masks_of_other_groups_begin_fresh(tokenizer, pretrained):
+    _, objective, _ = built(tokenizer, "objective=dual_mode", f"init.exp_dir={pretrained[0]}", *BLOCKS)
+    assert objective.model.masks.sparsity() == 0.0
+    assert torch.equal(objective.model.encoder.norm.weight, pretrained[1].encoder.norm.weight)
+
+
+def test_a_dense_model_may_be_pruned_afterwards(tokenizer, tmp_path):
+    config, objective, _ = built(tokenizer, "train.seed=3")
+    save(tmp_path, tokenizer, config, objective.model)
+    _, pruned, _ = built(tokenizer, f"init.exp_dir={tmp_path}", *UNITS)
+    x, lens = torch.randn(1, 60, 80), torch.tensor([60])
+    with torch.no_grad():
+        for chunk_size in (0, 4):
+            dense, same = (m.eval().encode(x, lens, chunk_size)[0] for m in (objective.model, pruned.model))
+            assert torch.allclose(dense, same, atol=1e-6)
+
+
+def test_an_encoder_of_another_width_is_named(tokenizer, pretrained):
+    wider = ["model.encoder.feedforward_dim=32", f"init.exp_dir={pretrained[0]}", "objective=dual_mode"]
+    with pytest.raises(UserError, match=r"does not fit.*ff1\.hidden\.bias is \(24,\) there and \(32,\) here"):
+        built(tokenizer, *wider)
+
+
+def test_a_pretrained_phase_is_not_for_recognition(tokenizer, pretrained):
+    with pytest.raises(UserError, match="was pretrained without text and cannot recognise"):
+        build.load_model(pretrained[0], lang_dir=str(tokenizer.path.parent))
+
+
+class OneBatch:
+    """A data module whose validation part is one batch."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def valid_batches(self):
+        yield self.batch
+
+
+@pytest.fixture
+def batch(tokenizer):
+    tokens = tokenizer.encode(TEXTS[:2])
+    y = torch.zeros(2, max(len(t) for t in tokens), dtype=torch.int64)
+    for row, t in zip(y, tokens):
+        row[: len(t)] = torch.tensor(t)
+    lens = torch.tensor([160, 130])
+    features = torch.randn(2, 160, 80, generator=torch.Generator().manual_seed(0)) * 3 - 8
+    return Batch(features, lens, y, torch.tensor([len(t) for t in tokens]), ["a", "b"], TEXTS[:2])
+
+
+def validated(objective, tokenizer, batch):
+    with torch.no_grad():
+        validator = build.Validator(OneBatch(batch), tokenizer, 2, torch.device("cpu"))
+        return validator(objective.eval(), 0)
+
+
+def test_validation_decodes_both_modes_and_shows_the_masks(tokenizer, batch):
+    _, objective, _ = built(tokenizer, "objective=dual_mode", *UNITS)
+    result = validated(objective, tokenizer, batch)
+    assert {"wer", "wer_offline", "pruned_loss_offline", "pruned_loss_streaming"} <= result.metrics.keys()
+    assert result.metrics["loss"] > result.metrics["pruned_loss_offline"]
+    assert result.images["masks"].dim() == 2 and float(result.images["masks"].min()) == 1.0  # all are kept
+    assert len(result.texts) == 2
+
+
+def test_validation_of_the_pretraining_counts_codes_and_decodes_nothing(tokenizer, batch):
+    _, objective, _ = built(tokenizer, "objective=wav2vec2", *UNITS)
+    result = validated(objective, tokenizer, batch)
+    assert result.texts == [] and "wer" not in result.metrics
+    assert {"accuracy_offline", "accuracy_streaming", "chance", "perplexity_0"} <= result.metrics.keys()
+    counts = result.histograms["codes_0"]
+    assert len(counts) == 8 and int(counts.sum()) == int(result.histograms["codes_1"].sum()) > 0
+    assert validated(objective, tokenizer, batch).metrics == result.metrics  # the same frames are hidden
