@@ -33,7 +33,14 @@ from typing import Any, Dict, List, Sequence
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from transducer_kd.arguments import check_epoch, number  # noqa: E402
-from transducer_kd.config import EncoderConfig, load_config, to_dict  # noqa: E402
+from transducer_kd.config import (  # noqa: E402
+    DistillConfig,
+    EncoderConfig,
+    InitConfig,
+    PruningConfig,
+    load_config,
+    to_dict,
+)
 from transducer_kd.log import UserError, run_main, setup_logging, write_json  # noqa: E402
 
 
@@ -131,7 +138,16 @@ def extract_streaming(args: argparse.Namespace) -> None:
         )
     supernet, masks = loaded.model, loaded.model.masks
     model_config, state = extract.extract(supernet)
-    config = dataclasses.replace(loaded.config, phase=output_dir.resolve().name, model=model_config)
+    config = dataclasses.replace(
+        loaded.config,
+        phase=output_dir.resolve().name,
+        objective="transducer",  # one mode is left
+        compare_with=[args.exp_dir.resolve().name],
+        init=InitConfig(str(args.exp_dir), args.epoch, args.avg, args.use_averaged_model),
+        model=model_config,
+        distill=DistillConfig(),
+        pruning=PruningConfig(),
+    )
     student = build.build_model(config, loaded.tokenizer.vocab_size)
     origin = build.origin_of(str(args.exp_dir), loaded.checkpoint, supernet.state_dict())
     own = {**build.origin_of(str(output_dir), "epoch-1", state), "selected_from": origin}

@@ -211,7 +211,10 @@ def select_weights(
     if use_averaged_model:
         if avg == epoch:
             # The running mean since update 0 holds the random weights that training began with.
-            logging.warning("%s: no epoch before the %d averaged ones; taking the last weights", exp_dir, avg)
+            if "selected_from" not in content:  # selected weights are one set
+                logging.warning(
+                    "%s: no epoch before the %d averaged ones; taking the last weights", exp_dir, avg
+                )
             return content["model"], content, f"epoch-{epoch}"
         name += "-use-averaged-model"
         start = load_checkpoint(exp_dir / f"epoch-{epoch - avg}.pt")
