@@ -59,6 +59,7 @@ from transducer_kd.models.spec_augment import SpecAugment  # noqa: E402
 from transducer_kd.models.transducer import Transducer  # noqa: E402
 from transducer_kd.objectives.distill import DistillObjective, teacher_pass  # noqa: E402
 from transducer_kd.objectives.transducer import TransducerObjective  # noqa: E402
+from transducer_kd.train.memory import kilobytes, peak_bytes  # noqa: E402
 
 CONF = ROOT / "egs/librispeech/two_pass/conf/small"
 MMAP_THRESHOLD = 2**16  # bytes
@@ -190,18 +191,7 @@ def measure_peak(args: argparse.Namespace, sizes: Sizes, name: str) -> int:
     Bench(args, sizes._replace(**TINY)).step(name)()  # libraries allocate when they are first used
     bench = Bench(args, sizes)
     step = bench.step(name)
-    if bench.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        logging.info("the peak of the resident set cannot be reset: it counts from the start of the process")
-    before = _kilobytes("VmRSS")
-    step()
-    return max(0, _kilobytes("VmHWM") - before)
+    return peak_bytes(step, bench.device)
 
 
 def measure_peak_apart(args: argparse.Namespace, name: str) -> int:
@@ -349,18 +339,12 @@ def _check_memory(few: int, sizes: Sizes, device: str) -> None:
     """Better one line now than a machine that swaps. UserError says how much is missing."""
     nodes = few * sizes.frames * (sizes.tokens + 1)
     needed = FULL_TENSORS * nodes * max(sizes.vocab, sizes.joiner_dim) * 4
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else _kilobytes("MemAvailable", "/proc/meminfo")
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else kilobytes("MemAvailable", "/proc/meminfo")
     if needed > free:
         raise UserError(
             f"full_kd@{few} needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; make "
             "--utterances-at-once or --batch smaller"
         )
-
-
-def _kilobytes(key: str, path: str = "/proc/self/status") -> int:
-    """The value of a line `key:  123 kB`, in bytes."""
-    line = next(line for line in Path(path).read_text().splitlines() if line.startswith(f"{key}:"))
-    return int(line.split()[1]) * 1024
 
 
 def _synchronize(device: torch.device) -> None:

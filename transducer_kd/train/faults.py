@@ -4,7 +4,6 @@ N utterances, T feature frames, T' encoder frames, U tokens.
 """
 
 import contextlib
-import resource
 from typing import Any, Iterator, List
 
 import torch
@@ -35,11 +34,3 @@ def naming_out_of_memory(batches: List[Any], step: int, what: str = "") -> Itera
             f"T={int(worst.feature_lens.max())} frames and U={int(worst.y_lens.max())} tokens ({cuts}); "
             "lower data.max_duration_s or data.max_cut_s, and raise train.accumulate to keep the batch size"
         ) from e
-
-
-def peak_memory(device: torch.device) -> str:
-    """What this process needed at most, of the machine's memory and of the GPU's."""
-    text = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB"
-    if device.type == "cuda":
-        text += f", GPU {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
-    return text

@@ -23,7 +23,7 @@ from transducer_kd.config import PhaseConfig, to_dict
 from transducer_kd.log import UserError
 from transducer_kd.objectives.base import LossOutput, Objective
 from transducer_kd.train import checkpoint as ckpt
-from transducer_kd.train import ddp, faults
+from transducer_kd.train import ddp, faults, memory
 from transducer_kd.train.metrics import MetricsWindow, TrainLog, add_counts
 from transducer_kd.train.optim import build_grad_scaler, build_optimizer, learning_rate
 
@@ -413,8 +413,8 @@ class Trainer:
 
     def _log_cost(self) -> None:
         rate = self.progress.audio_s / max(self.progress.elapsed_s, 1e-9)
-        memory = faults.peak_memory(self.device)
-        logging.info("%d updates, %.0f audio-s/s, peak memory %s", self.progress.step, rate, memory)
+        peak = memory.peak_memory(self.device)
+        logging.info("%d updates, %.0f audio-s/s, peak memory %s", self.progress.step, rate, peak)
 
 
 def _progress_bar(total: int, done: int) -> Any:
