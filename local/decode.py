@@ -16,6 +16,9 @@ where k2 is absent, of modified_beam_search. Two weights, mu and length_weight, 
 
 tunes them on a part that is not tested, keeps them in <exp-dir>/rescore.json and decodes the test parts.
 Later calls with the same weights of the model and the same search find them there.
+
+A phase decodes in the mode that it was trained in, one of two modes streams; --chunk-size 0 decodes with full
+context. What a supernet leaves out when it streams is 0 then. Results of both modes are kept.
 """
 
 import argparse
@@ -125,6 +128,7 @@ def main() -> int:
     import torch
 
     from transducer_kd import build
+    from transducer_kd.compress import size
     from transducer_kd.data.datamodule import load_cuts
     from transducer_kd.decode import evaluate, parts
     from transducer_kd.decode.lattice import FastBeamSearchConfig
@@ -138,10 +142,13 @@ def main() -> int:
     loaded = build.load_model(
         args.exp_dir, args.epoch, args.avg, args.use_averaged_model, str(device), args.lang_dir
     )
+    chunk_size = args.chunk_size if args.chunk_size >= 0 else loaded.config.model.encoder.chunk_size
+    size_of_mode = size.count(loaded.model, chunk_size)
+    loaded = loaded.in_mode(chunk_size)
     loaded.config.data.fbank_dir = args.fbank_dir or loaded.config.data.fbank_dir
     by_hand = None if args.las_mu is None else Weights(args.las_mu, args.las_length_weight)
     options = evaluate.SearchOptions(
-        chunk_size=args.chunk_size if args.chunk_size >= 0 else loaded.config.model.encoder.chunk_size,
+        chunk_size=chunk_size,
         max_sym_per_frame=args.max_sym_per_frame,
         beam_size=args.beam_size,
         fast_beam=FastBeamSearchConfig(args.beam, args.max_contexts, args.max_states),
@@ -157,6 +164,7 @@ def main() -> int:
     decoding = parts.Decoding(
         args.exp_dir,
         loaded,
+        size_of_mode,
         build.build_data(loaded.config.data, loaded.tokenizer),
         options,
         args.max_duration,

@@ -6,7 +6,8 @@
 
 Writes <exp-dir>/delay.json of each phase: of each part the mean delay in encoder frames of 40 ms with its
 95 % bootstrap interval, and the median. Both models get the same cuts and align their reference texts; each
-runs in the mode it was trained in, an offline one with full context. See transducer_kd/decode/alignment.py.
+runs in the mode it was trained in, an offline one with full context, one of two modes in streaming mode, a
+supernet with its masks. See transducer_kd/decode/alignment.py.
 """
 
 import argparse

@@ -1,5 +1,7 @@
 """The one place that names concrete classes: from a phase's configuration to the objects that run it."""
 
+import copy
+import dataclasses
 import hashlib
 import logging
 from dataclasses import dataclass
@@ -43,6 +45,21 @@ class LoadedModel:
     tokenizer: Tokenizer
     checkpoint: str  # which weights: "epoch-7-avg-2-use-averaged-model"
 
+    def in_mode(self, chunk_size: int) -> "LoadedModel":
+        """One mode alone, which config.model.encoder.chunk_size then names: 0 is full context. A supernet's
+        model has no masks any more: what they leave out in streaming mode is 0, for streaming_forward too.
+        """
+        if isinstance(self.model, Supernet):
+            model = self.model.plain(chunk_size)
+        elif chunk_size == self.config.model.encoder.chunk_size:
+            return self
+        else:
+            model = copy.deepcopy(self.model)
+            model.config.encoder.chunk_size = chunk_size
+        return dataclasses.replace(
+            self, model=model, config=dataclasses.replace(self.config, model=model.config)
+        )
+
 
 def build_model(config: cfg.PhaseConfig, vocab_size: int) -> Transducer:
     """The phase's transducer with fresh weights, the same for the same `train.seed`."""
@@ -73,15 +90,19 @@ def build_objective(
         origins["labels"] = _check_labels(config, tokenizer, origins.get("teacher"))
     else:
         _check_no_labels(config)
-    objective = _objective_of(model, config, tokenizer, teacher)
+    objective = objective_of(model, config, teacher, tokenizer)
     if config.pruning.sparsity > 0:
         objective.pruner = Pruner(model, config.pruning)
     return objective, origins
 
 
-def _objective_of(
-    model: torch.nn.Module, config: cfg.PhaseConfig, tokenizer: Tokenizer, teacher: Optional[Frozen]
+def objective_of(
+    model: Any,
+    config: cfg.PhaseConfig,
+    teacher: Optional[Frozen] = None,
+    tokenizer: Optional[Tokenizer] = None,
 ) -> Objective:
+    """What trains `model` as `config` says. tokenizer: for objective two_pass, which counts words."""
     augment = SpecAugment(config.spec_augment)
     if config.objective == "wav2vec2":
         return Wav2Vec2Objective(model, config.wav2vec2, config.train.max_steps)

@@ -96,6 +96,24 @@ def test_modes_differ_only_where_the_two_have_none_in_common():
     ]
 
 
+def test_phases_of_two_modes_are_compared_mode_by_mode():
+    """Also where one of the modes was decoded on one test set alone: nothing is compared across modes."""
+    net = phase("net", "", compare_with=["full", "stream", "both"])
+    phases = [phase("full", "control"), phase("stream", "control"), phase("both", "control"), net]
+    of_both = [(name, mode) for name in ("both", "net") for mode in ("offline", "streaming")]
+    decoded = [r for name, mode in of_both for r in records(name, [BEAM], mode=mode)]
+    decoded += records("full", [BEAM]) + records("full", [BEAM], "test-other")
+    decoded += records("stream", [BEAM], mode="streaming") + records("net", [BEAM], "test-other", "streaming")
+    made = pairs(phases, decoded)
+    assert {(kind, a["phase"], a["mode"], b["mode"], b["test_set"]) for kind, a, b in made} == {
+        ("named", "full", "offline", "offline", "test-clean"),
+        ("named", "stream", "streaming", "streaming", "test-clean"),
+        ("named", "both", "offline", "offline", "test-clean"),
+        ("named", "both", "streaming", "streaming", "test-clean"),
+    }
+    assert len(made) == 4
+
+
 def test_named_phases_are_compared_once_and_only_those_that_are_there_and_not_stale():
     step3 = phase(
         "step3", "distilled", "teacher", compare_with=["scratch", "teacher", "gone", "old", "step3"]

@@ -29,7 +29,8 @@ def test_one_record_per_key_and_the_newest_stays(tmp_path):
 
 def test_fields_the_reports_read():
     needed = (
-        "recipe corpus scale phase mode params_deployed bytes test_set method parameters wer wer_low "
+        "recipe corpus scale phase mode params_deployed bytes index_bytes params_dense params_layers "
+        "test_set method parameters wer wer_low "
         "wer_high errors ref_words audio_s decode_s second_pass_s recogs commit command"
     ).split()
     assert set(needed) <= {f.name for f in dataclasses.fields(Record)}

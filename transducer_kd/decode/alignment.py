@@ -56,9 +56,10 @@ class Delay:
 def measure_delay(model: Any, reference: Any, batches: Iterable[Batch], part: str) -> Delay:
     """How much later than `reference` the `model` emits the tokens of a part.
 
-    Both models have the same vocabulary and run in the mode they were trained in: with their chunk mask, or
-    with full context. Utterances that have no transducer loss (no text, or T' < U) are left out, counted, and
-    named in the log. UserError where none remains.
+    Both models have the same vocabulary and run in the mode they were trained in: with their chunk mask, a
+    supernet with its masked weights too, or with full context; one of two modes streams. Utterances that have
+    no transducer loss (no text, or T' < U) are left out, counted, and named in the log. UserError where none
+    remains.
     """
     device = next(model.parameters()).device
     delays: List[np.ndarray] = []

@@ -7,9 +7,9 @@ Compared are, on the same test set,
     "named"        a phase with each of those that its configuration says to compare it with
     "first pass"   the rescored n-best lists with the first pass that made them
 
-in the same mode; or where the two have none in common, as a streaming student of an offline teacher, each in
-its own. B is compared with A: a negative difference means that B, the phase or pass in question, makes fewer
-errors.
+in the same mode, two phases of both modes in both; or where the two have none in common, as a streaming
+student of an offline teacher, each in its own. B is compared with A: a negative difference means that B, the
+phase or pass in question, makes fewer errors.
 """
 
 import ast
@@ -116,9 +116,9 @@ def _teachers(phase: Dict[str, Any], phases: Sequence[Dict[str, Any]]) -> List[s
 
 def _partner(decoded: Decoded, own: str, other: str, mode: str, test_set: str) -> Dict[str, Record]:
     """{method: record} of `other` in `mode`, or where `own` and `other` have no mode in common in its own."""
-    modes, theirs = ([m for n, m, s in decoded if (n, s) == (name, test_set)] for name in (own, other))
+    modes, theirs = ([m for n, m, _ in decoded if n == name] for name in (own, other))
     if theirs and not set(modes) & set(theirs):
-        mode = theirs[0]
+        mode = theirs[0]  # all are
     return decoded.get((other, mode, test_set), {})
 
 

@@ -17,6 +17,7 @@ from transducer_kd.decode.evaluate import MethodResult, PartDecoder, SearchOptio
 from transducer_kd.log import UserError
 
 Row = Tuple[str, MethodResult, wer.WerReport]  # the first is the part
+_VALUE_BYTES = 4  # float32
 _SCORES = ("wer", "wer_low", "wer_high", "errors", "insertions", "deletions", "substitutions", "ref_words")
 
 
@@ -25,7 +26,8 @@ class Decoding:
     """A trained phase with its data, and how parts are decoded with it."""
 
     exp_dir: Path  # gets the results
-    loaded: Any  # build.LoadedModel
+    loaded: Any  # build.LoadedModel, in the mode that options.chunk_size says
+    size: Any  # compress.size.Size of this mode
     data: Any  # DataModule
     options: SearchOptions
     max_duration_s: float  # audio in a batch
@@ -96,15 +98,20 @@ class Decoding:
     def _record(self, row: Row, recogs: str) -> records.Record:
         part, result, report = row
         config, model, method = self.loaded.config, self.loaded.model, result.method
-        parameters = model.deployed_parameters() if is_rescore(method) else model.first_pass_parameters()
+        first_pass = model.first_pass_parameters()
+        las = model.deployed_parameters() - first_pass if is_rescore(method) else 0
+        stored = self.size.value_bytes // _VALUE_BYTES + las
         return records.Record(
             **{name: getattr(config, name) for name in ("recipe", "corpus", "scale", "phase")},
             mode="streaming" if self.options.chunk_size else "offline",
             chunk_size=self.options.chunk_size,
             left_context=config.model.encoder.left_context,
             checkpoint=self.loaded.checkpoint,
-            params_deployed=parameters,
-            bytes=4 * parameters,
+            params_deployed=stored,
+            bytes=_VALUE_BYTES * stored + self.size.index_bytes,
+            index_bytes=self.size.index_bytes,
+            params_dense=first_pass + las,
+            params_layers=sum(p.numel() for p in model.encoder.layers.parameters()),
             test_set=part,
             num_utts=len(result.utterances),
             method=method,

@@ -27,8 +27,13 @@ class Record:
     chunk_size: int  # encoder frames (40 ms); 0 offline
     left_context: int  # encoder frames; of streaming mode
     checkpoint: str  # which weights: "epoch-7-avg-2-use-averaged-model"
-    params_deployed: int  # encoder, decoder, joiner; and the LAS where the method has a second pass
-    bytes: int  # of the deployed parameters as float32; quantised files are smaller
+    # What this mode stores of encoder, decoder and joiner, and of the LAS where the method has a second pass:
+    # without what a supernet leaves out when it streams.
+    params_deployed: int
+    bytes: int  # of these as float32, and index_bytes; quantised files are smaller
+    index_bytes: int  # of what says where the values of sparse matrices stand
+    params_dense: int  # as params_deployed, with nothing left out
+    params_layers: int  # of params_dense, in the encoder's layers: elsewhere nothing can be left out
     test_set: str
     num_utts: int
     method: str
