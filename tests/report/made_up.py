@@ -57,6 +57,19 @@ def origins(path, **more):
     return {"path": str(path), "checkpoint": "epoch-5", "sha256": f"of {path.name}", **more}
 
 
+def write_speed(folder, reference, times_faster, **modes):
+    """modes: real-time factors; a chunk takes 500 times as many ms."""
+    made = {
+        mode: {"rtf": rtf, "chunk_ms_median": None, "chunk_ms_p95": None, "times_faster": times_faster}
+        for mode, rtf in modes.items()
+    }
+    if "streaming" in made:
+        rtf = modes["streaming"]
+        made["streaming"].update(chunk_ms_median=500 * rtf, chunk_ms_p95=600 * rtf)
+    about = {"reference": reference, "num_threads": 1, "audio_s": 20, "command": "local/measure_speed.py"}
+    (folder / "speed.json").write_text(json.dumps({**about, "modes": made}))
+
+
 def write_delay(folder, **changes):
     part = {"mean_frames": 2.25, "low": -0.5, "high": 3.0, "median_frames": 2, "tokens": 9, "utterances": 4}
     made = {

@@ -8,6 +8,7 @@
                                                              where first weights and teacher are from
                                          /.done              last line "ended <unix time>", from run.sh
                                          /delay.json         emission delay, from local/emission_delay.py
+                                         /speed.json         of the encoder, from local/measure_speed.py
     <recipe>/exp/<corpus>-<scale>/labels/<phase>/summary.json   pseudo-labels, from local/pseudo_label.py
     <recipe>/exp/<corpus>-<scale>/init/                         first weights of phases
 
@@ -15,9 +16,9 @@ The result is one plain dict, which is also what report.json holds:
 
     {"recipe", "corpus", "scale", "is_synthetic",
      "phases":  [{"name", "params_deployed", "config", "meta", "ended", "training": {...} or None,
-                  "delay": {...} or None, and what phases.arrange and checks add: "role", "teacher",
+                  "delay", "speed": {...} or None, and what phases.arrange and checks add: "role", "teacher",
                   "control_of", "compare_with", "has_las", "what", "begins_with", "is_selected",
-                  "learns_from", "label_set", "labelled_by", "is_stale", "is_unlike"}],
+                  "is_extracted", "learns_from", "label_set", "labelled_by", "is_stale", "is_unlike"}],
      "labels":  [{"name", "labelled_by", "summary": {...} or None}],
      "records": [record, ...],              every decoding of every phase, phases in the order above
      "comparisons": [],                     paired ones, put here by who can make them (decode/compare.py)
@@ -38,7 +39,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from transducer_kd.log import UserError, read_json, read_jsonl
 from transducer_kd.report import checks
-from transducer_kd.report.phases import arrange
+from transducer_kd.report.phases import arrange, is_extracted, is_pretraining
 
 # Field -> type of a record; `float` also takes ints. Anything else a record holds is kept as it is.
 RECORD_FIELDS: Dict[str, type] = {
@@ -62,9 +63,16 @@ RECORD_FIELDS: Dict[str, type] = {
     "command": str,
 }
 # May be missing, or null.
-OPTIONAL_FIELDS: Dict[str, type] = {"second_pass_s": float, "recogs": str}
+OPTIONAL_FIELDS: Dict[str, type] = {
+    "second_pass_s": float,
+    "recogs": str,
+    "index_bytes": int,
+    "params_dense": int,
+    "params_layers": int,
+}
 
 _NO_PHASES = ("init", "labels", "log")
+_OF_SPEED = ("chunk_ms_median", "chunk_ms_p95", "times_faster")  # null where there is none
 _OF_DELAY = ("mean_frames", "low", "high", "median_frames", "tokens", "utterances")
 _MAX_CURVE_POINTS = 400  # a figure shows no more, and report.html stays small
 
@@ -88,7 +96,7 @@ def collect(exp_dir: Path, corpus_json: Optional[Path] = None) -> Dict[str, Any]
     for folder in folders:
         phase = _read_phase(folder, missing)
         own = read_records(folder / "metrics.json")
-        if not own:
+        if not own and not is_pretraining(phase):
             missing.append(f"phase {folder.name} has not been decoded (no metrics.json)")
         if phase["params_deployed"] is None:
             # A method that leaves the second pass out deploys less than the phase holds.
@@ -198,9 +206,10 @@ def _read_phase(folder: Path, missing: List[str]) -> Dict[str, Any]:
         found["params_deployed"] = parameters.get("deployed")
     found["ended"] = _ended(folder / ".done")
     found["delay"] = _read_delay(folder / "delay.json")
+    found["speed"] = _read_speed(folder / "speed.json")
     lines = read_jsonl(folder / "train_log.jsonl", ("kind", "step"))
     found["training"] = _training(lines)
-    if not lines:
+    if not (lines or is_extracted(found, folder)):
         missing.append(f"the training log of phase {folder.name} (no train_log.jsonl)")
     return found
 
@@ -219,6 +228,22 @@ def _read_delay(path: Path) -> Optional[Dict[str, Any]]:
     except (TypeError, KeyError, AttributeError):
         raise UserError(f"{path}: not what local/emission_delay.py writes; run it again") from None
     return delay
+
+
+def _read_speed(path: Path) -> Optional[Dict[str, Any]]:
+    if not path.exists():
+        return None
+    speed = read_json(path)
+    try:
+        _numbers(speed, "num_threads", "audio_s")
+        for timing in speed["modes"].values():
+            measured = [name for name in _OF_SPEED if timing[name] is not None]
+            _numbers(timing, "rtf", *measured)
+        if not isinstance(speed["reference"], str):
+            raise TypeError
+    except (TypeError, KeyError, AttributeError):
+        raise UserError(f"{path}: not what local/measure_speed.py writes; run it again") from None
+    return speed
 
 
 def _read_label_sets(folder: Path, missing: List[str]) -> List[Dict[str, Any]]:

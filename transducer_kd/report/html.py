@@ -5,7 +5,7 @@ from typing import Any, Dict, List
 
 import jinja2
 
-from transducer_kd.report import plots, systems, tables, targets
+from transducer_kd.report import plots, summaries, systems, tables, targets
 
 _TEMPLATE = Path(__file__).with_name("template.html")
 
@@ -13,7 +13,6 @@ _TEMPLATE = Path(__file__).with_name("template.html")
 def render(report: Dict[str, Any], made: str) -> str:
     """The whole page. made: when and by which command, shown at its end."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    crossover = targets.crossover_rows(report)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     page = template.render(
         report=report,
@@ -26,16 +25,15 @@ def render(report: Dict[str, Any], made: str) -> str:
         comparisons=systems.comparison_tables(report, is_short=True),
         all_comparisons=systems.comparison_tables(report),
         comparison_notes=systems.comparison_notes(report),
-        crossover=crossover,
-        crossover_text=[0, 1, len(crossover[0]) - 1],
-        crossover_title=targets.TITLE,
-        crossover_notes=targets.crossover_notes(report),
+        summaries=summaries.summaries(report),
         labels=targets.label_rows(report),
         labels_note=targets.LABELS_NOTE,
         results=tables.results_rows(report),
         details=tables.detail_rows(report),
         training=tables.training_rows(report),
         training_note=tables.TRAINING_NOTE,
+        pretraining=tables.pretraining_rows(report),
+        pretraining_note=tables.PRETRAINING_NOTE,
         stages=tables.stage_rows(report),
         stage_total=tables.stage_total(report),
         corpus=tables.corpus_rows(report),

@@ -24,7 +24,10 @@ _LEARNS = {
     "distill": "transducer",
     "las": "LAS",
     "two_pass": "both passes",
+    "dual_mode": "transducer in both modes",
+    "wav2vec2": "wav2vec 2.0",
 }
+_GROUPS = {"unit": "units", "block8x1": "8x1 blocks"}
 
 
 def arrange(phases: List[Phase], exp_dir: Path, label_sets: Sequence[Dict[str, Any]] = ()) -> List[Phase]:
@@ -42,6 +45,8 @@ def arrange(phases: List[Phase], exp_dir: Path, label_sets: Sequence[Dict[str, A
                     the phase of which its first weights are, its own teacher, and who made its pseudo-labels;
                     None without one in exp_dir
         is_selected whether its first weights are a part of those of begins_with
+        is_extracted
+                    see is_extracted
         teacher     the first teacher of the chain that taught it, or what it began with; None without one in
                     this experiment
         control_of  for a control the phase (which may be missing) that it is to be compared with, else None
@@ -63,10 +68,11 @@ def arrange(phases: List[Phase], exp_dir: Path, label_sets: Sequence[Dict[str, A
         p["label_set"] = _origin(p, "labels", label_folders) if targets(p) else None
         p["labelled_by"] = labelled_by.get(p["label_set"])
         p["is_selected"] = bool(recorded(p, "init").get("selected_from"))
+        p["is_extracted"] = is_extracted(p, exp_dir / p["name"])
         p["control_of"] = next((p["name"][: -len(end)] for end in ARMS if p["name"].endswith(end)), None)
         p["compare_with"] = list((p["config"] or {}).get("compare_with") or [])
         p["has_las"] = bool(_section(_section(p["config"], "model"), "las").get("enabled"))
-        p["what"] = _what(p)
+        p["what"] = _what(p, by_name.get(p["begins_with"]))
     init = {p["name"]: p["begins_with"] for p in phases}
     own_teacher = {p["name"]: p["learns_from"] or p["labelled_by"] for p in phases}
     for p in phases:
@@ -93,6 +99,29 @@ def teachers(phases: List[Phase]) -> List[Phase]:
 def teacher_kind(phase: Phase) -> str:
     """none | exp_dir | torchscript, as the phase's configuration says."""
     return _section(phase["config"], "teacher").get("kind", "none")
+
+
+def is_pretraining(phase: Phase) -> bool:
+    """Whether the phase knows no text, so that it is never decoded."""
+    return _objective(phase) == "wav2vec2"
+
+
+def is_extracted(phase: Phase, folder: Path) -> bool:
+    """Whether the phase in `folder` is what local/compress.py --extract made of another: nothing was trained,
+    and the weights that it begins with are its own."""
+    init = recorded(phase, "init")
+    path = (_ROOT / str(init.get("path") or "")).resolve()
+    return bool(init.get("selected_from")) and path == folder.resolve()
+
+
+def has_two_modes(phase: Phase) -> bool:
+    """Whether the phase was trained offline and streaming, to recognise speech."""
+    return _objective(phase) == "dual_mode"
+
+
+def has_masks(phase: Phase) -> bool:
+    """Whether it leaves weights out when it streams. Not what was extracted of such a phase."""
+    return _section(phase["config"], "model").get("pruned_groups", "none") != "none"
 
 
 def targets(phase: Phase) -> str:
@@ -184,19 +213,31 @@ def _origin(phase: Phase, key: str, folders: Dict[Path, str]) -> Optional[str]:
     return name if name != phase["name"] else None
 
 
-def _what(phase: Phase) -> str:
-    learns = _LEARNS.get((phase["config"] or {}).get("objective"), "")
+def _objective(phase: Phase) -> Optional[str]:
+    return (phase["config"] or {}).get("objective")
+
+
+def _what(phase: Phase, begun: Optional[Phase]) -> str:
+    """begun: the phase that it begins with."""
+    learns = _LEARNS.get(_objective(phase), "")
     if phase["control_of"]:
         return next(f"{phase['control_of']} {what}" for e, what in ARMS.items() if phase["name"].endswith(e))
     if not learns:
         return "-"
     if _path(phase, "init"):
         init = phase["begins_with"] or "another model"
-        finetuned = f"{init} finetuned" if learns == "transducer" else f"{init}, {learns} finetuned"
-        learns = f"LAS on {init}" if learns == "LAS" else finetuned
+        if phase["is_extracted"]:
+            return f"streaming mode of {init} by itself"
+        if begun and is_pretraining(begun):
+            learns = f"{learns} on the encoder of {init}"
+        elif learns == "LAS":
+            learns = f"LAS on {init}"
+        else:
+            learns = f"{init} finetuned" if learns == "transducer" else f"{init}, {learns} finetuned"
         if phase["is_selected"]:
             count = _section(_section(phase["config"], "model"), "encoder").get("num_layers", "some")
             learns = f"{count} layers selected of {init}"
+    learns += _left_out(phase)
     if targets(phase):
         shift = _section(phase["config"], "distill").get("frame_shift")
         learns += f", {targets(phase)} targets of {phase['labelled_by'] or 'another model'}"
@@ -204,6 +245,15 @@ def _what(phase: Phase) -> str:
     if teacher_kind(phase) == "none":
         return learns
     return f"{learns}, distilled from {phase['learns_from'] or 'another model'}"
+
+
+def _left_out(phase: Phase) -> str:
+    """What a phase does without: weights when it streams, and some of the speech."""
+    sparsity = _section(phase["config"], "pruning").get("sparsity", 0)
+    groups = _GROUPS.get(_section(phase["config"], "model").get("pruned_groups"), "")
+    share = _section(phase["config"], "data").get("train_share", 1)
+    told = f", {100 * sparsity:g} % of {groups} left out" if groups and sparsity else ""
+    return told + (f", {100 * share:g} % of the speech" if share < 1 else "")
 
 
 def _named(phases: List[Phase]) -> Set[str]:

@@ -7,7 +7,7 @@ marker colours that are replaced by CSS ones in the end, so that one picture ser
 import io
 import math
 import re
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from transducer_kd.report import tables
-from transducer_kd.report.phases import NO_KD, sidelines, steps
+from transducer_kd.report.phases import NO_KD, has_two_modes, is_pretraining, sidelines, steps
 from transducer_kd.report.systems import has_named, systems
 from transducer_kd.report.tables import rescored_text
 
@@ -78,6 +78,10 @@ _CURVE_TEXT = (
     "Losses per encoder frame (40 ms). The WER is that of a few dev utterances, decoded greedily; none is "
     "shown where the first pass is frozen."
 )
+_PRETRAINING_TEXT = (
+    "Losses per encoder frame (40 ms). Accuracy: how often the hidden frame is told from the distractors; "
+    "chance: what guessing would find."
+)
 
 
 class Drawing(NamedTuple):
@@ -111,7 +115,8 @@ def figures(report: Dict[str, Any]) -> List[Drawing]:
         for phase in report["phases"]:
             if phase["training"]:
                 title = f"Learning curves: {tables.labels(report)[phase['name']]}"
-                found.append(Drawing(title, _svg(learning_curves(phase)), _CURVE_TEXT, has_many))
+                seen = _PRETRAINING_TEXT if is_pretraining(phase) else _CURVE_TEXT
+                found.append(Drawing(title, _svg(learning_curves(phase)), seen, has_many))
         if report["stages"]:
             found.append(Drawing("Time of each stage", _svg(stage_times(report)), ""))
     return found
@@ -207,10 +212,10 @@ def wer_by_method(report: Dict[str, Any]) -> Figure:
 def learning_curves(phase: Dict[str, Any]) -> Figure:
     """Loss of training and validation, validation WER and speed, against updates.
 
-    Without the WER where the first pass is frozen.
+    Without the WER where the first pass is frozen; of a pretraining its accuracy in place of the WER.
     """
-    training, has_wer = phase["training"], not tables.is_frozen(phase)
-    figure, panels = _panels(3 if has_wer else 2, height=2.6)
+    training, shown = phase["training"], _shown_of_validation(phase)
+    figure, panels = _panels(3 if shown else 2, height=2.6)
     losses, speed = panels[0], panels[-1]
     for i, (label, curve) in enumerate((("train", "train_curve"), ("dev", "valid_curve"))):
         steps, values = _series(training[curve], "loss")
@@ -223,10 +228,17 @@ def learning_curves(phase: Dict[str, Any]) -> Figure:
         losses.yaxis.set_minor_locator(NullLocator())
     losses.legend(loc="upper right")
     losses.set(title="loss", xlabel="updates")
-    if has_wer:
-        steps, values = _series(training["valid_curve"], "wer")
-        panels[1].plot(steps, values, color=_COLOURS[1], marker="o", markersize=3)
-        panels[1].set(title="dev WER %", xlabel="updates", ylim=(0, max([*values, 1.0]) * 1.05))
+    if shown:
+        title, curves, scale = shown
+        highest = 1.0
+        for i, (name, label) in enumerate(curves.items(), 1):
+            steps, values = _series(training["valid_curve"], name)
+            values = [scale * value for value in values]
+            highest = max([highest, *values])
+            panels[1].plot(steps, values, color=_COLOURS[i], marker="o", markersize=3, label=label)
+        panels[1].set(title=title, xlabel="updates", ylim=(0, highest * 1.05))
+        if len(curves) > 1:
+            panels[1].legend()
     steps, values = _series(training["train_curve"], "audio_s_per_s")
     speed.plot(steps, values, color=_COLOURS[2])
     speed.set(title="audio seconds per second", xlabel="updates", ylim=(0, max([*values, 1.0]) * 1.1))
@@ -234,6 +246,17 @@ def learning_curves(phase: Dict[str, Any]) -> Figure:
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
         panel.set_xlim(0, training["updates"] * 1.03)
     return figure
+
+
+def _shown_of_validation(phase: Dict[str, Any]) -> Optional[Tuple[str, Dict[str, str], float]]:
+    """Title, {metric: label} and a factor of what validation found beside the loss; None for nothing."""
+    if is_pretraining(phase):
+        names = {f"accuracy_{mode}": mode for mode in ("streaming", "offline")}
+        return "dev accuracy %", {**names, "chance": "chance"}, 100.0
+    if tables.is_frozen(phase):
+        return None
+    names = {"wer": "streaming", "wer_offline": "offline"} if has_two_modes(phase) else {"wer": "dev"}
+    return "dev WER %", names, 1.0
 
 
 def stage_times(report: Dict[str, Any]) -> Figure:

@@ -4,7 +4,7 @@ A system is a phase in one mode: its first pass, the second pass that rescores i
 all their parameters.
 """
 
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 from transducer_kd.report import phases, tables, targets
 from transducer_kd.report.tables import Row, number
@@ -34,9 +34,14 @@ MODES_NOTE = (
     "Where two modes are named, one system hears chunk by chunk and the other the whole utterance: a "
     "difference is that of mode and model together."
 )
-UPDATES_NOTE = (
+_UPDATES = (
     "Updates: of the phase; in brackets with those of all that it came from (whose weights it began with, "
-    "who taught it, who labelled for it), without phases that came from none, as the first teacher."
+    "who taught it, who labelled for it)"
+)
+UPDATES_NOTE = f"{_UPDATES}, without phases that came from none, as the first teacher."
+SIZE_NOTE = (
+    "Of a mode that leaves weights out, parameters are those that are stored for it, and the MB are these in "
+    "float32 with the index that says where the values of sparse matrices stand."
 )
 _HEADINGS = {
     "teacher": "Distilled systems and controls against the teacher",
@@ -49,10 +54,13 @@ _NAMED_HEADINGS = {"teacher": "Systems against the teacher"}
 
 
 def systems(report: Dict[str, Any]) -> List[Dict[str, Any]]:
-    """One dict per phase and mode, in the order of the phases, without stale ones, with undecoded ones:
+    """One dict per phase and mode, in the order of the phases, without stale ones and what is never decoded,
+    with undecoded ones:
 
     phase           the phase's dict
     mode, label     None where it was not decoded; the phase's name, with the mode where there are several
+    parameters, bytes
+                    all that it runs; of a mode that leaves weights out what is stored for it
     first, rescored, oracle, headline
                     {test set: record}; headline is the rescored one, and without a second pass the first
     """
@@ -60,7 +68,7 @@ def systems(report: Dict[str, Any]) -> List[Dict[str, Any]]:
     modes = {mode for (_, mode, _), _ in decodings}
     found = []
     for phase in report["phases"]:
-        if phase["is_stale"]:
+        if phase["is_stale"] or phases.is_pretraining(phase):
             continue
         own = {who[1:]: by_set for who, by_set in decodings if who[0] == phase["name"]}
         for mode in dict.fromkeys(mode for mode, _ in own) or [None]:
@@ -70,9 +78,18 @@ def systems(report: Dict[str, Any]) -> List[Dict[str, Any]]:
             found.append({
                 "phase": phase, "mode": mode, "oracle": methods.get(_ORACLE, {}), **parts,
                 "label": phase["name"] + (f" ({mode})" if mode and len(modes) > 1 else ""),
-                "headline": parts["rescored"] or parts["first"],
+                "headline": parts["rescored"] or parts["first"], **_size(phase, methods),
             })  # fmt: skip
     return found
+
+
+def _size(phase: Dict[str, Any], methods: Dict[str, Dict[str, Dict[str, Any]]]) -> Dict[str, Optional[int]]:
+    records = [r for by_set in methods.values() for r in by_set.values()]
+    left_out = [r for r in records if r["params_deployed"] < (r.get("params_dense") or 0)]
+    if left_out:
+        return {"parameters": left_out[0]["params_deployed"], "bytes": left_out[0]["bytes"]}
+    size = phase["params_deployed"]
+    return {"parameters": size, "bytes": size and 4 * size}
 
 
 def teacher_of(phase: Dict[str, Any], report: Dict[str, Any]) -> Optional[Dict[str, Any]]:
@@ -91,12 +108,20 @@ def saved(phase: Dict[str, Any], report: Dict[str, Any]) -> Optional[float]:
 
 
 def total_updates(phase: Dict[str, Any], report: Dict[str, Any]) -> Optional[int]:
-    """What UPDATES_NOTE says; None where one of them is not known."""
+    """What the note on updates says; None where one of them is not known."""
     by_name = {p["name"]: p for p in report["phases"]}
     above = [by_name[name] for name in phases.ancestors(phase["name"], by_name)]
-    counted = [phase, *(p for p in above if phases.parents(p))]
-    found = [(p["training"] or {}).get("updates") for p in counted]
+    counted = [phase, *(p for p in above if phases.parents(p) or not _has_teacher(report))]
+    found = [_own_updates(p) for p in counted]
     return None if None in found else sum(found)
+
+
+def _own_updates(phase: Dict[str, Any]) -> Optional[int]:
+    return 0 if phase["is_extracted"] else (phase["training"] or {}).get("updates")
+
+
+def _has_teacher(report: Dict[str, Any]) -> bool:
+    return any(p["role"] == "teacher" for p in report["phases"])
 
 
 def has_named(report: Dict[str, Any]) -> bool:
@@ -108,8 +133,8 @@ def key_systems(report: Dict[str, Any]) -> List[Dict[str, Any]]:
     """What a reader wants first.
 
     Where configurations name comparisons: the arms of soft against hard targets, or else the phase that names
-    most; with what these name and came from. Otherwise the whole teacher, the last distilled system and its
-    controls, or all.
+    most; with what these name and came from, and what was extracted of them. Otherwise the whole teacher, the
+    last distilled system and its controls, or all.
     """
     decoded = [s for s in systems(report) if s["headline"]]
     if has_named(report):
@@ -119,6 +144,7 @@ def key_systems(report: Dict[str, Any]) -> List[Dict[str, Any]]:
         leads = arms or [max(reversed(report["phases"]), key=lambda p: len(p["compare_with"]))["name"]]
         names = {n for lead in leads for n in [lead, *by_name[lead]["compare_with"]]}
         names |= {n for lead in leads for n in phases.ancestors(lead, by_name)}
+        names |= {n for n, p in by_name.items() if p["is_extracted"] and p["begins_with"] in leads}
         return [s for s in decoded if s["phase"]["name"] in names] or decoded
     distilled = [s["phase"] for s in decoded if s["phase"]["role"] == "distilled"]
     if not distilled:
@@ -141,18 +167,25 @@ def side_by_side_rows(report: Dict[str, Any], has_what: bool = True, only_key: b
     shown = [(s, name) for s in sets for name in passes if any(s in system[name] for system in of_all)]
     has_second = any(system["rescored"] for system in of_all)
     header = ["phase", *(["what"] if has_what else []), *(f"{s} {passes[name]} %" for s, name in shown)]
-    header += ["parameters", "float32 MB", "smaller than teacher by"]
+    shares = [saved(system["phase"], report) for system in of_all]
+    has_saved = not has_named(report) or set(shares) != {None}
+    header += ["parameters", "float32 MB", *(["smaller than teacher by"] if has_saved else [])]
     header += ["updates"] if has_named(report) else []
     delayed = _delayed_sets(report)
-    header += [*(f"{s} emission delay, frames [95 %] (ms)" for s in delayed), "x real time"]
+    header += [f"{s} emission delay, frames [95 %] (ms)" for s in delayed]
+    timed = _timed(report)
+    header += [f"x faster than {name}, {_threads(number_of)} (RTF)" for name, number_of in timed]
+    header += ["x real time"]
     rows = [header + (["2nd / 1st pass time"] if has_second else [])]
-    for system in of_all:
-        phase, size = system["phase"], system["phase"]["params_deployed"]
+    for system, share in zip(of_all, shares):
+        phase, size = system["phase"], system["bytes"]
         row = [system["label"], *([phase["what"]] if has_what else [])]
         row += [number(system[name].get(s, {}).get("wer"), 2) for s, name in shown]
-        row += [tables.millions(size), number(size and 4e-6 * size, 1), percent(saved(phase, report))]
+        row += [tables.millions(system["parameters"]), number(size and 1e-6 * size, 1)]
+        row += [percent(share)] if has_saved else []
         row += [_updates_cell(phase, report)] if has_named(report) else []
         row += [tables.delay_cell(phase, system["mode"], s) for s in delayed]
+        row += [_faster_cell(phase, system["mode"], reference) for reference in timed]
         row += [tables.speed(system["headline"].values()), percent(_second_pass_share(system))]
         rows.append(row[: len(rows[0])])
     return rows
@@ -193,8 +226,11 @@ def side_by_side_notes(report: Dict[str, Any], only_key: bool = False) -> List[s
             f"Where a teacher has been taught itself, sizes and comparisons are with the first one, "
             f"{', '.join(sorted(chained))}."
         )
-    out += [UPDATES_NOTE] if has_named(report) else []
-    return out + _delay_notes(report)
+    if any(system["parameters"] != system["phase"]["params_deployed"] for system in of_all):
+        out.append(SIZE_NOTE)
+    if has_named(report):
+        out.append(UPDATES_NOTE if _has_teacher(report) else f"{_UPDATES}.")
+    return out + _delay_notes(report) + _speed_notes(report)
 
 
 def comparison_tables(report: Dict[str, Any], is_short: bool = False) -> List[Dict[str, Any]]:
@@ -211,7 +247,10 @@ def comparison_tables(report: Dict[str, Any], is_short: bool = False) -> List[Di
         for who in grouped:  # the best method comes first
             best.setdefault(who[:5], who)
         grouped = {who: grouped[who] for who in best.values()}
-    sets = tables.test_sets(report)
+    sets, modes_of = tables.test_sets(report), {}
+    for r in report["records"]:
+        modes_of.setdefault(r["phase"], set()).add(r["mode"])
+    has_both = any(len(modes) > 1 for modes in modes_of.values())
     made = []
     headings = {**_HEADINGS, **(_NAMED_HEADINGS if has_named(report) else {})}
     for kind, title in headings.items():
@@ -225,7 +264,7 @@ def comparison_tables(report: Dict[str, Any], is_short: bool = False) -> List[Di
                 "rescored" if method.endswith(_RESCORED) else "first pass" if method in _FEEDS else method
             )
             modes = mode if mode == mode_a else f"{mode} against {mode_a}"
-            scored += "" if modes == "offline" else f", {modes}"
+            scored += "" if modes == "offline" and not has_both else f", {modes}"
             cells = [cell for s in sets for cell in (_comparison(by_set[s]) if s in by_set else ("-",) * 3)]
             rows.append([phase_b, against, scored, *cells])
         if len(rows) > 1:
@@ -267,7 +306,7 @@ def _own_teacher(phase: Dict[str, Any]) -> Optional[str]:
 
 def _updates_cell(phase: Dict[str, Any], report: Dict[str, Any]) -> str:
     """`2,000`, or `2,000 (4,000)` where what it came from was trained as well"""
-    own, total = (phase["training"] or {}).get("updates"), total_updates(phase, report)
+    own, total = _own_updates(phase), total_updates(phase, report)
     return number(own, 0) + (f" ({number(total, 0)})" if own != total else "")
 
 
@@ -294,6 +333,37 @@ def _delay_notes(report: Dict[str, Any]) -> List[str]:
         "Emission delay: how much later than the reference model (below zero: earlier) a token of the "
         "transcript is emitted, both models forced on it; mean over the tokens. The time that a streaming "
         f"model waits for its chunk to be complete is not included. Reference model: {'; '.join(names)}."
+    ]
+
+
+def _timed(report: Dict[str, Any]) -> List[Tuple[str, int]]:
+    """(reference, threads) of what was measured, each once."""
+    measured = [p["speed"] for p in report["phases"] if p["speed"] and not p["is_stale"]]
+    return list(dict.fromkeys((speed["reference"], speed["num_threads"]) for speed in measured))
+
+
+def _threads(count: int) -> str:
+    return "one thread" if count == 1 else f"{count} threads"
+
+
+def _faster_cell(phase: Dict[str, Any], mode: Optional[str], reference: Tuple[str, int]) -> str:
+    """`1.62 (0.0041)`: times faster, and the real-time factor; `-` unless measured in this mode"""
+    speed = phase["speed"]
+    if not speed or (speed["reference"], speed["num_threads"]) != reference or mode not in speed["modes"]:
+        return "-"
+    timing = speed["modes"][mode]
+    return f"{number(timing['times_faster'], 2)} ({timing['rtf']:.4f})"
+
+
+def _speed_notes(report: Dict[str, Any]) -> List[str]:
+    if not _timed(report):
+        return []
+    lengths = {p["speed"]["audio_s"] for p in report["phases"] if p["speed"]}
+    return [
+        "x faster: the encoder alone in PyTorch, float32, on one utterance of "
+        f"{' or '.join(f'{seconds:g}' for seconds in sorted(lengths))} s at a time, chunk by chunk where it "
+        "streams, compared in the same mode. RTF: seconds for a second of audio. What a supernet leaves out "
+        "is zero and is computed all the same; only what was extracted of it is smaller."
     ]
 
 

@@ -7,7 +7,7 @@ the 95 % bootstrap interval over utterances that decoding computed.
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Tuple
 
-from transducer_kd.report.phases import ARMS
+from transducer_kd.report.phases import ARMS, has_two_modes, is_pretraining
 
 Row = List[str]
 
@@ -21,6 +21,12 @@ TRAINING_NOTE = (
     "Losses and WER of the last validation; losses per encoder frame (40 ms). Total losses are not shown: "
     "each objective adds up other terms. A student that prunes by its teacher's bounds and one that prunes "
     "by its own see other lattices, so their pruned_loss is not strictly comparable either."
+)
+PRETRAINING_NOTE = (
+    "wav2vec 2.0, of the last validation. Accuracy: how often the hidden frame is told from the distractors. "
+    "Chance: what guessing finds in these utterances; it is more than 1 / (1 + distractors), because "
+    "distractors of short utterances repeat and share codes. Perplexity: how many entries of a codebook are "
+    "in use, the mean of the batches; near 1 it has collapsed."
 )
 
 
@@ -69,15 +75,41 @@ def training_rows(report: Dict[str, Any]) -> List[Row]:
     header = "phase,parameters,float32 MB,updates,epochs,minutes,audio-s/s"
     rows = [[*header.split(","), "dev pruned_loss", "dev las_loss", "dev WER %"]]
     names = labels(report)
+    of_offline_mode = ("pruned_loss_offline", 3), ("wer_offline", 1)
+    has_both = any(has_two_modes(p) for p in report["phases"])
+    rows[0] += ["offline mode: dev pruned_loss", "offline mode: dev WER %"] if has_both else []
     for phase in report["phases"]:
+        if phase["is_extracted"]:
+            continue
         training = phase["training"] or {}
         last = training.get("last_valid") or {}
         size = phase["params_deployed"]
         row = [names[phase["name"]], millions(size), number(size and 4e-6 * size, 1)]
         row += [number(training.get("updates"), 0), number(training.get("epochs"), 0)]
         row += [number(minutes(training.get("elapsed_s")), 1), number(training.get("audio_s_per_s"), 0)]
-        row += [number(last.get(name), 3) for name in ("pruned_loss", "las_loss")]
-        rows.append([*row, number(None if is_frozen(phase) else last.get("wer"), 1)])
+        pruned_loss = last.get("pruned_loss", last.get("pruned_loss_streaming"))
+        row += [number(pruned_loss, 3), number(last.get("las_loss"), 3)]
+        row += [number(None if is_frozen(phase) else last.get("wer"), 1)]
+        rows.append(row + [number(last.get(name), digits) for name, digits in of_offline_mode if has_both])
+    return rows
+
+
+def pretraining_rows(report: Dict[str, Any]) -> List[Row]:
+    """One row per pretraining that was validated: whether it finds hidden frames and uses all codes."""
+    header = ["phase", "updates", "accuracy offline %", "accuracy streaming %", "chance %"]
+    rows = [[*header, "1 / (1 + distractors) %", "codebook perplexity"]]
+    names = labels(report)
+    for phase in report["phases"]:
+        last = (phase["training"] or {}).get("last_valid")
+        if not (is_pretraining(phase) and last):
+            continue
+        options = phase["config"].get("wav2vec2") or {}
+        row = [names[phase["name"]], number(phase["training"]["updates"], 0)]
+        shares = [last.get(name) for name in ("accuracy_offline", "accuracy_streaming", "chance")]
+        shares.append(1 / (1 + options["num_distractors"]) if "num_distractors" in options else None)
+        row += [number(None if share is None else 100 * share, 1) for share in shares]
+        use = [number(last[name], 1) for name in sorted(last) if name.startswith("perplexity_")]
+        rows.append([*row, f"{', '.join(use) or '-'} of {options.get('num_entries', '?')}"])
     return rows
 
 
@@ -119,9 +151,8 @@ def provenance_rows(report: Dict[str, Any]) -> List[Row]:
             known = {**meta, **meta.get("versions", {})}
             keys = ("python", "torch", "k2", "loss_backend", "cuda")
             found = [f"{key} {known[key]}" for key in keys if known.get(key)]
-            rows.append(
-                [f"{name}: trained by", ", ".join([f"commit {meta.get('commit', 'unknown')}", *found])]
-            )
+            by = "made by" if phase["is_extracted"] else "trained by"
+            rows.append([f"{name}: {by}", ", ".join([f"commit {meta.get('commit', 'unknown')}", *found])])
             rows.append([f"{name}: command", relative(str(meta.get("command", "unknown")))])
         own = [r for r in report["records"] if r["phase"] == name]
         facts = [(r["commit"], r.get("checkpoint", "unknown weights"), relative(r["command"])) for r in own]
@@ -132,6 +163,8 @@ def provenance_rows(report: Dict[str, Any]) -> List[Row]:
             rows.append([f"{name}: decoded on", "; ".join(sorted(devices))])
         if phase["delay"]:
             rows.append([f"{name}: emission delay by", _made_by(phase["delay"])])
+        if phase["speed"]:
+            rows.append([f"{name}: speed by", _made_by(phase["speed"])])
     for made in report["labels"]:
         if made["summary"]:
             by = made["summary"].get("created_by") or {}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
 from transducer_kd.log import UserError, atomic_write
-from transducer_kd.report import systems, tables, targets
+from transducer_kd.report import summaries, systems, tables, targets
 from transducer_kd.report.tables import Row
 
 _BLOCK_TITLE = re.compile(r"^([\w-]+): [\w.-]+, [\w.-]+\.(?= Beside|$)", re.MULTILINE)
@@ -48,9 +48,8 @@ def terminal_report(report: Dict[str, Any]) -> str:
         parts.append("Systems side by side:")
         parts.append(terminal_table(systems.side_by_side_rows(report, has_what=False)))
         parts += map(_wrapped, systems.side_by_side_notes(report))
-        if targets.arms(report):
-            parts += [f"\n{targets.TITLE}:\n{terminal_table(targets.crossover_rows(report))}"]
-            parts += map(_wrapped, targets.crossover_notes(report))
+        for made in summaries.summaries(report):
+            parts += [f"\n{made.title}:\n{terminal_table(made.rows)}", *map(_wrapped, made.notes)]
         compared = systems.comparison_tables(report, is_short=True)
         sets = tables.test_sets(report)
         parts += [
@@ -72,7 +71,7 @@ def markdown_section(report: Dict[str, Any]) -> str:
         parts.append("Nothing has been decoded yet.")
     elif len(report["phases"]) > 1:
         parts += _side_by_side(report)
-        parts += _crossover(report)
+        parts += _summaries(report)
         # Named comparisons are many: of each the best method alone. The page has all.
         for made in systems.comparison_tables(report, is_short=systems.has_named(report)):
             parts += [f"{made['title']}:", markdown_table(made["rows"])]
@@ -83,6 +82,8 @@ def markdown_section(report: Dict[str, Any]) -> str:
     labels = targets.label_rows(report)
     parts += ["Pseudo-labels:", markdown_table(labels), targets.LABELS_NOTE] if labels[1:] else []
     parts += ["Training:", markdown_table(tables.training_rows(report)), tables.TRAINING_NOTE]
+    pretraining = tables.pretraining_rows(report)
+    parts += [markdown_table(pretraining), tables.PRETRAINING_NOTE] if pretraining[1:] else []
     if report["stages"]:
         parts.append(f"Stages ({tables.stage_total(report)}):")
         parts.append(markdown_table(tables.stage_rows(report)))
@@ -117,11 +118,11 @@ def _side_by_side(report: Dict[str, Any], only_key: bool = False) -> List[str]:
     return [markdown_table(rows), *systems.side_by_side_notes(report, only_key)]
 
 
-def _crossover(report: Dict[str, Any]) -> List[str]:
-    if not targets.arms(report):
-        return []
-    table = markdown_table(targets.crossover_rows(report))
-    return [f"{targets.TITLE}:", table, *targets.crossover_notes(report)]
+def _summaries(report: Dict[str, Any]) -> List[str]:
+    found = []
+    for made in summaries.summaries(report):
+        found += [f"{made.title}:", markdown_table(made.rows), *made.notes]
+    return found
 
 
 def update_results(path: Path, report: Dict[str, Any], command: str) -> None:
@@ -159,7 +160,7 @@ def update_block(path: Path, report: Dict[str, Any]) -> None:
     title = f"{report['recipe']}: {report['corpus']}, {report['scale']}."
     if len(report["phases"]) > 1:
         block = [title]
-        results = [*_side_by_side(report, systems.has_named(report)), *_crossover(report)]
+        results = [*_side_by_side(report, systems.has_named(report)), *_summaries(report)]
     else:
         block = [f"{title} Beside each rate its 95 % interval."]
         results = [markdown_table(tables.results_rows(report))]
