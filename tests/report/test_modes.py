@@ -95,6 +95,9 @@ def test_every_phase_says_what_it_is_and_nothing_is_missed_that_cannot_be(root):
         "net": "transducer in both modes on the encoder of pre, 50 % of units left out",
         "alone": "streaming mode of net by itself",
     }
+    # What is compared with most others is no control, though alone is compared with it.
+    controls = {p["name"] for p in report["phases"] if p["role"] == "control"}
+    assert controls == {"full", "stream", "cut", "both"}
     found = {p["name"]: (p["begins_with"], p["is_extracted"]) for p in report["phases"]}
     assert found["alone"] == ("net", True) and found["net"] == ("pre", False)
     of_corpus, of_stages = "the description of the synthetic corpus", "stage times"

@@ -5,8 +5,8 @@ has a teacher or pseudo-labels, or when it began with the weights of one that ha
 taught or labelled for another phase, and whatever shares its weights. Two kinds of control are known by their
 names: `<phase>_control` repeats all that led to `<phase>` without a teacher, `<phase>_nokd` begins with what
 `<phase>` began with and leaves out the distillation terms of this one phase. What is neither taught nor a
-teacher itself is a control as well if another phase is to be compared with it (`compare_with`), or if a
-distilled one began with it.
+teacher itself is a control as well if another phase is to be compared with it (`compare_with`), unless it is
+what is compared with most phases, or if a distilled one began with it.
 """
 
 from pathlib import Path
@@ -265,6 +265,7 @@ def _give_roles(phases: List[Phase], init: Dict[str, Optional[str]], teach: Set[
     """teach: the phases that another one learns from, or was labelled for by."""
     taught = {p["name"] for p in phases if teacher_kind(p) != "none" or targets(p)}
     named, begun = _named(phases), {init[name] for name in taught}
+    most = max((len(p["compare_with"]) for p in phases), default=0)
     # What was selected of a teacher is another model.
     shared = {p["name"]: None if p["is_selected"] else p["begins_with"] for p in phases}
     first_weights = {name: list(walk_back(name, shared))[-1] for name in shared}
@@ -275,7 +276,7 @@ def _give_roles(phases: List[Phase], init: Dict[str, Optional[str]], teach: Set[
             p["role"] = "control"
         elif not taught.isdisjoint(walk_back(name, init)):
             p["role"] = "distilled"
-        elif name in named - teach:
+        elif name in named - teach and len(p["compare_with"]) < most:
             p["role"] = "control"
         elif first_weights[name] in of_teachers:
             p["role"] = "teacher"
