@@ -72,7 +72,7 @@ delay_stage() {
 speed_stage() {
   trained_folders streaming supernet extracted
   [ "${#folders[@]}" -gt 1 ] || return 0
-  run_stage 6 "speed" "$exp_root/.done-speed" "$made_from" \
+  run_stage 6 "speed" "$exp_root/.done-speed" "$(echo "$made_from")" \
     run python local/measure_speed.py --exp-dir "${folders[@]}" --use-averaged-model
 }
 
