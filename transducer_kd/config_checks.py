@@ -30,8 +30,8 @@ _RANGES = {
     "train.max_steps train.accumulate train.log_every train.valid_every train.save_every train.keep_last "
     "train.keep_epochs train.average_period init.avg teacher.avg distill.temperature "
     "distill.utterances_at_once two_pass.las_kd_temperature pruning.num_steps pruning.refresh_every "
-    "wav2vec2.mask_length wav2vec2.num_codebooks wav2vec2.codebook_dim wav2vec2.projection_dim wav2vec2.num_distractors "
-    "wav2vec2.similarity_temperature wav2vec2.gumbel_start wav2vec2.gumbel_end",
+    "wav2vec2.mask_length wav2vec2.num_codebooks wav2vec2.codebook_dim wav2vec2.projection_dim "
+    "wav2vec2.num_distractors wav2vec2.similarity_temperature wav2vec2.gumbel_start wav2vec2.gumbel_end",
     "[2, inf)": "two_pass.mwer_nbest wav2vec2.num_entries",  # a list of one has no error to weigh
     "[0, inf)": "model.encoder.head_dim model.encoder.chunk_size model.encoder.left_context "
     "model.las.num_encoder_layers loss.simple_loss_scale loss.warm_step "
