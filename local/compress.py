@@ -102,8 +102,12 @@ def select_student(args: argparse.Namespace) -> None:
     selections = select.choose(teacher.state_dict(), teacher.config, config.model)
     selected = select.apply(teacher.state_dict(), selections, teacher.config)
     own = student.state_dict()
-    # What the student does without stays behind: the teacher's CTC head, its LAS.
-    state = {name: value for name, value in selected.items() if name in own and not name.startswith("las.")}
+    # What the student does without stays behind: the teacher's CTC head, its LAS; masks are of its own size.
+    state = {
+        name: value
+        for name, value in selected.items()
+        if name in own and not name.startswith(("las.", "masks."))
+    }
     content = {
         "model": state,
         "config": to_dict(config),

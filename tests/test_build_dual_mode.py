@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from transducer_kd import build
-from transducer_kd.config import load_config, to_dict
+from transducer_kd.config import TeacherConfig, load_config, to_dict
 from transducer_kd.data.batch import Batch
 from transducer_kd.data.tokenizer import train_bpe
 from transducer_kd.log import UserError
@@ -86,6 +86,11 @@ def test_a_supernet_begins_with_encoder_and_masks_of_the_pretraining(tokenizer, 
     assert origins["init"]["path"] == str(folder)
 
 
+def test_sparsity_to_begin_with_needs_masks_to_begin_with(tokenizer):
+    with pytest.raises(UserError, match=r"init\.exp_dir is not set.*whose masks pruning\.initial_sparsity"):
+        built(tokenizer, "objective=dual_mode", *UNITS, "pruning.initial_sparsity=0.5")
+
+
 def test_masks_of_other_groups_begin_fresh(tokenizer, pretrained):
     _, objective, _ = built(tokenizer, "objective=dual_mode", f"init.exp_dir={pretrained[0]}", *BLOCKS)
     assert objective.model.masks.sparsity() == 0.0
@@ -112,6 +117,29 @@ def test_an_encoder_of_another_width_is_named(tokenizer, pretrained):
 def test_a_pretrained_phase_is_not_for_recognition(tokenizer, pretrained):
     with pytest.raises(UserError, match="was pretrained without text and cannot recognise"):
         build.load_model(pretrained[0], lang_dir=str(tokenizer.path.parent))
+
+
+@pytest.mark.parametrize("chunk_size, mode", [(-1, 4), (0, 0), (4, 4)])
+def test_a_supernet_teaches_in_the_mode_that_is_asked_for(tokenizer, tmp_path, chunk_size, mode):
+    config, objective, _ = built(tokenizer, "objective=dual_mode", *UNITS)
+    masks = objective.model.masks
+    masks.assign({**masks.kept(), "ff1": torch.zeros(2, 24, dtype=torch.bool)})
+    save(tmp_path, tokenizer, config, objective.model)
+    teacher, _ = build.build_teacher(
+        TeacherConfig("exp_dir", str(tmp_path), use_averaged_model=False, chunk_size=chunk_size), tokenizer
+    )
+    x, lens = torch.randn(1, 60, 80), torch.tensor([60])
+    with torch.no_grad():
+        expected = objective.model.eval().encode(x, lens, mode)[0]
+        assert torch.allclose(teacher.module.encode(x, lens)[0], expected, atol=1e-5)
+
+
+def test_a_dense_phase_says_that_it_leaves_masks_behind(tokenizer, tmp_path, caplog):
+    caplog.set_level("INFO")
+    config, objective, _ = built(tokenizer, "objective=dual_mode", *UNITS)
+    save(tmp_path, tokenizer, config, objective.model)
+    built(tokenizer, f"init.exp_dir={tmp_path}")
+    assert "fresh: nothing; left behind: masks" in caplog.text
 
 
 class OneBatch:
@@ -157,4 +185,8 @@ def test_validation_of_the_pretraining_counts_codes_and_decodes_nothing(tokenize
     assert {"accuracy_offline", "accuracy_streaming", "chance", "perplexity_0"} <= result.metrics.keys()
     counts = result.histograms["codes_0"]
     assert len(counts) == 8 and int(counts.sum()) == int(result.histograms["codes_1"].sum()) > 0
+    p = counts / counts.sum()
+    assert result.metrics["perplexity_0"] == pytest.approx(
+        float((-(p * (p + 1e-30).log()).sum()).exp()), rel=1e-4
+    )
     assert validated(objective, tokenizer, batch).metrics == result.metrics  # the same frames are hidden

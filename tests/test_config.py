@@ -140,6 +140,19 @@ DISTILL = ["objective=distill", "distill.weight=1"]
             ["objective=dual_mode", *UNITS, "distill.weight=1", *TEACHER],
             r"dual_mode distils from its own full-context pass: unset teacher\.kind",
         ),
+        (
+            [*UNITS, "pruning.sparsity=0.5", "pruning.begin_step=600", "pruning.num_steps=600"],
+            r"begin_step=600 and num_steps=600 end after train\.max_steps=1000",
+        ),
+        (
+            ["objective=las", *LAS, *UNITS, "pruning.sparsity=0.5"],
+            r"pruning\.sparsity=0\.5 is not for objective=las, which keeps the masks",
+        ),
+        (["wav2vec2.gumbel_end=3"], r"gumbel_end=3\.0 must not be above gumbel_start=2\.0"),
+        (
+            ["wav2vec2.num_codebooks=8", "wav2vec2.codebook_dim=128"],
+            r"num_codebooks=8 make more codes than can be numbered",
+        ),
         (["wav2vec2.codebook_dim=7"], r"codebook_dim=7 must be a multiple of num_codebooks=2"),
         (["teacher.kind=onnx"], r"teacher\.kind='onnx' is not one of none, exp_dir, torchscript"),
         (["distill.form=half"], r"distill\.form='half' is not one of full, collapsed"),

@@ -4,11 +4,11 @@
   python tools/bench_dual_mode.py                                the mini models of recipe dual_mode
   python tools/bench_dual_mode.py --scale small --device cuda --json cost.json
 
-An update is that of training: for each pass of the batch forward and backward, then the optimiser, then the
-masks where it is time for them. The batch is made up, all utterances equally long, without SpecAugment. The
-phases take turns; times are medians over the turns, ratios are medians of the turns' ratios to the mean of
-the two single modes. Peak memory is what an update needs on top of what was there before, in a process of its
-own: on CUDA by torch.cuda.max_memory_allocated, on a CPU by the peak of the resident set.
+An update is that of training: for each pass of the batch forward and backward, then the optimiser; the masks
+stay as they are between two refreshes. The batch is made up, all utterances equally long, no SpecAugment. The
+phases take turns; times are medians over the turns, ratios are medians of the turns' ratios to the mean
+of the two single modes. Peak memory is what an update needs on top of what was there before, in a process of
+its own: on CUDA by torch.cuda.max_memory_allocated, on a CPU by the peak of the resident set.
 """
 
 import argparse

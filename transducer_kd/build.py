@@ -81,6 +81,10 @@ def build_objective(
         model = Wav2Vec2(model, config.wav2vec2)
     if config.objective in ("las", "two_pass"):
         _require(config.init.exp_dir, "init.exp_dir", "the trained phase to begin with")
+    if config.pruning.initial_sparsity > 0:
+        _require(
+            config.init.exp_dir, "init.exp_dir", "the phase whose masks pruning.initial_sparsity goes on with"
+        )
     if config.init.exp_dir:
         origins["init"] = _start_from(model, config.init, tokenizer)
     teacher = None
@@ -131,6 +135,12 @@ def build_teacher(config: cfg.TeacherConfig, tokenizer: Tokenizer) -> Tuple[Froz
         loaded = load_model(
             Path(config.exp_dir), config.epoch, config.avg, config.use_averaged_model, lang_dir=lang_dir
         )
+        if config.chunk_size >= 0 or loaded.config.model.pruned_groups != "none":
+            own = loaded.config.model.encoder.chunk_size
+            loaded = loaded.in_mode(config.chunk_size if config.chunk_size >= 0 else own)
+            logging.info(
+                "the teacher hears chunks of %d frames (0: all)", loaded.config.model.encoder.chunk_size
+            )
         model, checkpoint = loaded.model, loaded.checkpoint
     else:
         _require(config.torchscript, "teacher.torchscript", "a TorchScript file")
@@ -202,6 +212,7 @@ def _start_from(model: Any, init: cfg.InitConfig, tokenizer: Tokenizer) -> Dict[
     )
     _check_bpe(init.exp_dir, content, tokenizer)
     reference, there = model.state_dict(), cfg.from_dict(content["config"], init.exp_dir)
+    there_parts = {_part(k) for k in state}
     if there.model.pruned_groups != model.config.pruned_groups:
         state = {k: v for k, v in state.items() if _part(k) != "masks"}  # of other groups
     own = {_part(k) for k in state} & {_part(k) for k in reference}
@@ -224,7 +235,11 @@ def _start_from(model: Any, init: cfg.InitConfig, tokenizer: Tokenizer) -> Dict[
     state = {k: v.to(reference[k].dtype) for k, v in state.items() if k in reference}
     model.load_state_dict({**reference, **state})
     fresh = sorted({_part(k) for k in reference} - {_part(k) for k in state})
-    logging.info("begun from %s of %s; fresh: %s", checkpoint, init.exp_dir, " ".join(fresh) or "nothing")
+    left = sorted(there_parts - {_part(k) for k in reference})
+    logging.info(
+        "begun from %s of %s; fresh: %s; left behind: %s",
+        checkpoint, init.exp_dir, " ".join(fresh) or "nothing", " ".join(left) or "nothing",
+    )  # fmt: skip
     origin: Dict[str, Any] = origin_of(init.exp_dir, checkpoint, state)
     if "selected_from" in content:  # by local/compress.py: they are still those of another phase
         origin["selected_from"] = content["selected_from"]
@@ -295,6 +310,7 @@ class Validator:
                 "the validation part (data.valid_part) has no usable cut; see the counts in the log"
             )
         metrics = {name: value / frames for name, value in sums.items()}
+        metrics.update(objective.of_validation())
         for name, found in texts.items():
             found = texts[name] = found[: self.num_utterances]
             if found:

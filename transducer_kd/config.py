@@ -118,6 +118,7 @@ class TeacherConfig:
     epoch: int = 0
     avg: int = 1
     use_averaged_model: bool = True
+    chunk_size: int = -1  # encoder frames, 0: full context, -1: its own. Of a model of two modes: which one
     torchscript: str = ""  # somebody else's model: icefall's jit_script.pt or cpu_jit.pt
     tokens: str = ""  # its tokens.txt, which has to be ours
 
@@ -161,7 +162,7 @@ class PruningConfig:
     """
 
     sparsity: float = 0.0  # of each layer's groups, at the end
-    initial_sparsity: float = 0.0  # at begin_step; with masks taken over from init.exp_dir as much as these
+    initial_sparsity: float = 0.0  # at begin_step; above 0: that of the masks in init.exp_dir
     begin_step: int = 0
     num_steps: int = 1
     refresh_every: int = 100

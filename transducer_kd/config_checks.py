@@ -43,7 +43,7 @@ _RANGES = {
     "[0, 1)": "model.encoder.dropout model.decoder.dropout model.las.dropout model.las.label_smoothing "
     "data.pseudo_share optim.betas pruning.sparsity pruning.initial_sparsity",
     "(0, 1]": "data.train_share wav2vec2.mask_prob",
-    "[-1, inf)": "init.epoch teacher.epoch",
+    "[-1, inf)": "init.epoch teacher.epoch teacher.chunk_size",
     "[0, 1]": "loss.lm_scale loss.am_scale spec_augment.max_time_mask_fraction data.musan_prob "
     "optim.final_lr_ratio two_pass.rnnt_weight two_pass.las_kd_weight",
     "[0, 2147483648)": "data.seed train.seed",
@@ -179,12 +179,33 @@ def _check_pruning(config: Any, origin: str) -> None:
     pruning = config.pruning
     if groups == "none" and (pruning.sparsity or pruning.initial_sparsity):
         raise UserError(f"{origin}: pruning.sparsity={pruning.sparsity} needs model.pruned_groups")
+    if pruning.sparsity and config.objective not in ("transducer", "distill", "dual_mode", "wav2vec2"):
+        raise UserError(
+            f"{origin}: pruning.sparsity={pruning.sparsity} is not for objective={config.objective}, which "
+            "keeps the masks of init.exp_dir: set it to 0"
+        )
+    if pruning.sparsity and pruning.begin_step + pruning.num_steps > config.train.max_steps:
+        raise UserError(
+            f"{origin}: pruning.begin_step={pruning.begin_step} and num_steps={pruning.num_steps} end after "
+            f"train.max_steps={config.train.max_steps}: the masks have to be fixed before the training ends; "
+            "lower them as well"
+        )
     if pruning.initial_sparsity > pruning.sparsity:
         raise UserError(
             f"{origin}: pruning.initial_sparsity={pruning.initial_sparsity} must not be above "
             f"pruning.sparsity={pruning.sparsity}"
         )
     codes = config.wav2vec2
+    if codes.num_entries**codes.num_codebooks >= 2**62:
+        raise UserError(
+            f"{origin}: wav2vec2.num_entries={codes.num_entries} and num_codebooks={codes.num_codebooks} "
+            "make more codes than can be numbered: lower one of them"
+        )
+    if codes.gumbel_end > codes.gumbel_start:
+        raise UserError(
+            f"{origin}: wav2vec2.gumbel_end={codes.gumbel_end} must not be above gumbel_start="
+            f"{codes.gumbel_start}: the temperature falls"
+        )
     if codes.codebook_dim % codes.num_codebooks:
         raise UserError(
             f"{origin}: wav2vec2.codebook_dim={codes.codebook_dim} must be a multiple of "

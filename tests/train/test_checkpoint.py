@@ -61,26 +61,36 @@ def test_plain_average_takes_the_last_weights_of_each_epoch(tmp_path):
     assert name == "epoch-3-avg-2"
 
 
-@pytest.mark.parametrize("use_averaged_model, avg", [(True, 1), (False, 2)])
-def test_models_with_other_masks_are_not_averaged(tmp_path, use_averaged_model, avg):
+@pytest.fixture
+def masked(tmp_path):
+    """A run whose masks were chosen anew in epoch 2, though they did not change."""
     save_run(tmp_path, WEIGHTS)
     for epoch, refreshes in ((1, 3), (2, 7), (3, 7)):
         path = tmp_path / f"epoch-{epoch}.pt"
         content = ckpt.load_checkpoint(path)
+        masks = {"masks.heads": torch.tensor([True]), "masks.refreshes": torch.tensor(refreshes)}
         for key in ("model", "model_avg"):
-            content[key].update(
-                {"masks.heads": torch.tensor([True]), "masks.refreshes": torch.tensor(refreshes)}
-            )
+            content[key].update(masks)
         ckpt.save_checkpoint(path, content)
-    state, _, _ = ckpt.select_weights(tmp_path, 3, avg, use_averaged_model)
-    assert state["masks.heads"].dtype == torch.bool
-    # The masks are equal, but were chosen anew in between.
-    with pytest.raises(
-        UserError, match="masks.refreshes changed among the epochs up to [23] .*smaller --avg"
-    ):
-        ckpt.select_weights(tmp_path, 3, 2, True) if use_averaged_model else ckpt.select_weights(
-            tmp_path, 2, 2, False
-        )
+    return tmp_path
+
+
+def test_masks_that_were_fixed_are_no_hindrance(masked):
+    state, _, name = ckpt.select_weights(masked, 3, 1, use_averaged_model=True)
+    assert state["masks.heads"].dtype == torch.bool and "averaged" in name
+    ckpt.select_weights(masked, 3, 2, use_averaged_model=False)
+
+
+@pytest.mark.parametrize("epoch, use_averaged_model", [(3, True), (2, False)])
+def test_models_with_other_masks_are_not_averaged(masked, epoch, use_averaged_model):
+    with pytest.raises(UserError, match=f"masks changed among the epochs up to {epoch} .*smaller --avg"):
+        ckpt.select_weights(masked, epoch, 2, use_averaged_model)
+
+
+def test_an_epoch_in_which_masks_changed_gives_its_last_weights(masked, caplog):
+    state, _, name = ckpt.select_weights(masked, 2, 1, use_averaged_model=True)
+    assert name == "epoch-2" and state["weight"].item() == 9.0
+    assert "the masks changed in epoch 2; taking the last weights" in caplog.text
 
 
 def test_span_without_a_sample_is_an_error():

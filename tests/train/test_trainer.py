@@ -327,7 +327,7 @@ def test_scalars_of_an_update_and_histograms_reach_tensorboard(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"), {"histograms": 0})
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/pruning/sparsity")] == [(3, 0.5)]
-    found = events.Histograms("codes")
+    found = events.Histograms("valid/codes")
     assert [e.step for e in found] == [6, 12, 18]
     assert found[0].histogram_value.num == 4 and found[0].histogram_value.sum == 2
     assert found[0].histogram_value.bucket == [3, 0, 1]

@@ -79,11 +79,16 @@ class Objective(nn.Module):
         return output
 
     def after_step(self, step: int) -> Dict[str, float]:
-        """Called after each optimiser update; returns scalars for TensorBoard."""
+        """Called after each optimiser update. Where it changed the model, as new masks do, it returns scalars
+        of that for TensorBoard, else nothing."""
         return self.pruner(step) if self.pruner is not None else {}
 
     def images(self, batch: Any, step: int) -> Dict[str, torch.Tensor]:
         """Named (H, W) pictures in [0, 1] of how the loss sees the first utterance, for TensorBoard."""
+        return {}
+
+    def of_validation(self) -> Dict[str, float]:
+        """Metrics of all that was evaluated since the last call of histograms(), which are no sums."""
         return {}
 
     def histograms(self) -> Dict[str, torch.Tensor]:

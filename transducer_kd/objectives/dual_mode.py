@@ -4,7 +4,8 @@
 
 In a supernet the streaming pass has the masked weights m theta; without masks both modes are dense. gamma is
 distill.weight, for which no teacher is loaded: the streaming pass learns from what the full-context pass of
-the same batch has just said, without a gradient to it.
+the same batch has just said, without a gradient to it. That pass trains, so this teacher hears the augmented
+features and has dropout, unlike one in a folder of its own: a clean pass would be a third one.
 
 The passes share the features, their subsampling and the decoder's output, and each has its backward before
 the next begins.
@@ -20,7 +21,6 @@ import torch
 from transducer_kd.config import DistillConfig, LossConfig
 from transducer_kd.losses.lattice_recursion import Grads
 from transducer_kd.models.spec_augment import SpecAugment
-from transducer_kd.models.subsampling import subsampled_lens
 from transducer_kd.models.transducer import Transducer
 from transducer_kd.objectives.base import LossOutput
 from transducer_kd.objectives.distill import DistillObjective, TeacherPass
@@ -49,13 +49,11 @@ class DualModeObjective(DistillObjective):
         return self.model
 
     def forward(self, batch: Any, step: int, number: int = 0) -> LossOutput:
-        model, lens = self.model, subsampled_lens(batch.feature_lens)
+        model = self.model
         if number == 0:
             x = self.spec_augment(batch.features, batch.feature_lens)
-            self._shared = (
-                SharedTensor(model.encoder.subsampling(x)),
-                SharedTensor(model.decode_labels(batch.y)),
-            )
+            frames, lens = model.encoder.subsample(x, batch.feature_lens)
+            self._shared = SharedTensor(frames), SharedTensor(model.decode_labels(batch.y))
             frames, decoder_out = (shared.leaf() for shared in self._shared)
             encoder_out, _ = model.encode_frames(frames, lens, chunk_size=0)
             done = self.lattice_pass(encoder_out, lens, decoder_out, batch)
@@ -64,8 +62,9 @@ class DualModeObjective(DistillObjective):
             losses, terms = self.transducer_loss(done, batch, step)
         else:
             frames, decoder_out = (shared.joined() for shared in self._shared)
-            encoder_out, _ = model.encode_frames(frames, lens)
             taught, self._shared, self._taught = self._taught, (), None
+            lens = taught.encoder_out_lens
+            encoder_out, _ = model.encode_frames(frames, lens)
             done = self.lattice_pass(encoder_out, lens, decoder_out, batch, self._guide(taught, batch))
             losses, terms = self.transducer_loss(done, batch, step)
             if self.distill.weight > 0:

@@ -169,6 +169,12 @@ class Wav2Vec2Objective(Objective):
         start, end = self.options.gumbel_start, self.options.gumbel_end
         return start * (end / start) ** min(1.0, step / self.max_steps)
 
+    def of_validation(self) -> Dict[str, float]:
+        """The perplexity of the codes of the whole part: a batch has too few frames to use all entries."""
+        if self._codes_seen is None:
+            return {}
+        return {f"perplexity_{g}": float(use) for g, use in enumerate(perplexity(self._codes_seen))}
+
     def histograms(self) -> Dict[str, torch.Tensor]:
         """`codes_<g>` (V,): how often validation has used each entry of a codebook since the last call."""
         counts, self._codes_seen = self._codes_seen, None

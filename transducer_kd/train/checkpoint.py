@@ -218,6 +218,9 @@ def select_weights(
             return content["model"], content, f"epoch-{epoch}"
         name += "-use-averaged-model"
         start = load_checkpoint(exp_dir / f"epoch-{epoch - avg}.pt")
+        if avg == 1 and not _have_same_masks([start["model"], content["model"]]):
+            logging.warning("%s: the masks changed in epoch %d; taking the last weights", exp_dir, epoch)
+            return content["model"], content, f"epoch-{epoch}"
         _check_same_masks(exp_dir, [start["model"], content["model"]], epoch)
         state = average_of_span(
             start["model_avg"], content["model_avg"], _average_samples(start), _average_samples(content)
@@ -228,18 +231,21 @@ def select_weights(
     return average_of_states(earlier + [content["model"]]) if earlier else content["model"], content, name
 
 
-def _check_same_masks(exp_dir: Path, states: List[State], epoch: int) -> None:
-    """UserError where what is not averaged, such as the masks of a supernet and how often they were chosen,
-    differs: a mean over weights that were trained with other masks is the model of neither."""
+def _have_same_masks(states: List[State]) -> bool:
+    """Whether what is not averaged, such as a supernet's masks and how often they were chosen, is equal."""
     last = states[-1]
-    for name, value in last.items():
-        if not value.is_floating_point() and any(not torch.equal(s[name], value) for s in states):
-            raise UserError(
-                f"{exp_dir}: {name} changed among the epochs up to {epoch} that are to be averaged, so their "
-                "weights belong to other masks; use a smaller --avg, or --avg 1 without "
-                "--use-averaged-model, or train on after the masks are fixed (pruning.begin_step + "
-                "pruning.num_steps)"
-            )
+    counted = [name for name, value in last.items() if not value.is_floating_point()]
+    return all(torch.equal(state[name], last[name]) for name in counted for state in states)
+
+
+def _check_same_masks(exp_dir: Path, states: List[State], epoch: int) -> None:
+    """UserError where a mean would be one of weights that were trained with other masks."""
+    if not _have_same_masks(states):
+        raise UserError(
+            f"{exp_dir}: the masks changed among the epochs up to {epoch} that are to be averaged, so their "
+            "weights belong to different models; use a smaller --avg, or train on after the masks are fixed "
+            "(pruning.begin_step + pruning.num_steps)"
+        )
 
 
 def _average_samples(content: Dict[str, Any]) -> int:

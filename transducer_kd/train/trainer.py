@@ -188,6 +188,8 @@ class Trainer:
         state.step += 1
         state.nonfinite = 0
         scalars = self.objective.after_step(state.step)
+        if scalars:  # another model now, whose losses are not comparable with those before
+            state.best_valid_loss = float("inf")
         ckpt.update_running_average(
             self.average, self.objective.model, state.step, self.options.average_period
         )
@@ -343,7 +345,7 @@ class Trainer:
         for name, image in result.images.items():
             self.writer.add_image(f"valid/{name}", image.unsqueeze(0), state.step)
         for name, counts in result.histograms.items():
-            add_counts(self.writer, name, counts, state.step)
+            add_counts(self.writer, f"valid/{name}", counts, state.step)
         if result.texts:
             rows = "\n".join(f"| {c} | {r} | {h} |" for c, r, h in result.texts)
             self.writer.add_text(

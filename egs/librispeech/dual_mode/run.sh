@@ -16,7 +16,8 @@ methods=greedy_search,modified_beam_search
 parse_options "$@"
 [ -z "$teacher_torchscript" ] || fail "recipe dual_mode has no teacher: leave --teacher-torchscript out"
 
-phases="pretrain supernet supernet_scratch offline streaming prune_after dual_dense extracted"
+# The first one says how stage 1 makes the features.
+phases="offline streaming dual_dense pretrain supernet supernet_scratch prune_after extracted"
 begins_with=([supernet]=pretrain [prune_after]=streaming [extracted]=supernet)
 more=""
 if [ "$controls" = 1 ]; then
