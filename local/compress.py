@@ -26,6 +26,7 @@ and meta.json like any phase; selection.json also says what the modes weigh (tra
 
 import argparse
 import dataclasses
+import logging
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
@@ -42,6 +43,8 @@ from transducer_kd.config import (  # noqa: E402
     to_dict,
 )
 from transducer_kd.log import UserError, run_main, setup_logging, write_json  # noqa: E402
+
+MAX_DIFFERENCE = 1e-4  # of an encoder output of an extracted model, in float32; outputs are about 1
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -153,6 +156,15 @@ def extract_streaming(args: argparse.Namespace) -> None:
         pruning=PruningConfig(),
     )
     student = build.build_model(config, loaded.tokenizer.vocab_size)
+    student.load_state_dict(state)
+    difference = extract.largest_difference(supernet, student.eval())
+    if difference > MAX_DIFFERENCE:
+        raise UserError(
+            f"what was extracted of {args.exp_dir} differs by {difference:.1e} from its streaming mode, "
+            f"where {MAX_DIFFERENCE:.0e} is allowed: this is a mistake of the program, so nothing is written"
+        )
+    if masks.sparsity() == 0:
+        logging.warning("%s has masks, but they leave nothing out: nothing gets smaller", args.exp_dir)
     origin = build.origin_of(str(args.exp_dir), loaded.checkpoint, supernet.state_dict())
     own = {**build.origin_of(str(output_dir), "epoch-1", state), "selected_from": origin}
     total = sum(p.numel() for p in student.parameters())
@@ -163,6 +175,7 @@ def extract_streaming(args: argparse.Namespace) -> None:
         "selected_from": origin,
         "layers": layers,
         "parameters": {"before": before, "after": after},
+        "largest_difference": difference,
         "sizes": {mode: dataclasses.asdict(found) for mode, found in sizes.items()},
     }
     parameters = {"deployed": after, "total": total}
@@ -177,6 +190,7 @@ def extract_streaming(args: argparse.Namespace) -> None:
     rows = [("mode", *selection["sizes"]["streaming"])]
     rows += [(mode, *(f"{n:,}" for n in found.values())) for mode, found in selection["sizes"].items()]
     print(aligned(rows))
+    print(f"largest difference of an encoder output from the supernet's: {difference:.1e}")
 
 
 def block_table(layers: List[Dict[str, int]], masks: Any) -> str:

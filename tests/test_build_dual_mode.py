@@ -1,5 +1,7 @@
 """Building the phases of recipe dual_mode: first weights, masks, validation of both modes."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from transducer_kd.objectives.dual_mode import DualModeObjective
 from transducer_kd.objectives.transducer import TransducerObjective
 from transducer_kd.objectives.wav2vec2 import Wav2Vec2Objective
 from transducer_kd.train import checkpoint as ckpt
+from transducer_kd.train.trainer import Trainer, Validation
 
 TEXTS = ["TURN ON THE LIGHTS", "PLAY MUSIC", "SET A TIMER FOR TEN MINUTES"]
 SMALL = [
@@ -190,3 +193,51 @@ def test_validation_of_the_pretraining_counts_codes_and_decodes_nothing(tokenize
         float((-(p * (p + 1e-30).log()).sum()).exp()), rel=1e-4
     )
     assert validated(objective, tokenizer, batch).metrics == result.metrics  # the same frames are hidden
+
+
+# ---------------------------------------------------------------- masks of a run that is killed
+
+
+def trainer_of(exp_dir, tokenizer, batch):
+    steps = ["train.max_steps=12", "train.save_every=2", "train.valid_every=100", "train.average_period=2"]
+    pruning = ["pruning.begin_step=1", "pruning.num_steps=8", "pruning.refresh_every=3", "optim.lr=0.05"]
+    config, objective, _ = built(tokenizer, "objective=dual_mode", *UNITS, *steps, *pruning)
+
+    def batches(epoch, start):
+        for number in range(start, 5):
+            generator = torch.Generator().manual_seed(10 * epoch + number)
+            features = torch.randn(batch.features.shape, generator=generator) * 3 - 8
+            yield dataclasses.replace(batch, features=features)
+
+    return Trainer(
+        objective, config, exp_dir, torch.device("cpu"), batches, lambda o, step: Validation({"loss": 1.0})
+    )
+
+
+@pytest.mark.parametrize("stop_after", [3, 5, 10])  # between refreshes at 1, 4, 7, 9, and after the last
+def test_a_killed_run_goes_on_with_its_masks_and_ends_with_the_same_ones(
+    tokenizer, batch, tmp_path, stop_after
+):
+    whole = trainer_of(tmp_path / "whole", tokenizer, batch)
+    whole.run()
+    killed = trainer_of(tmp_path / "cut", tokenizer, batch)
+    update = killed._update
+
+    def killing(*args):
+        update(*args)
+        if killed.progress.step == stop_after:
+            raise KeyboardInterrupt
+
+    killed._update = killing
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    resumed = trainer_of(tmp_path / "cut", tokenizer, batch)
+    resumed.run()
+    assert whole.objective.model.masks.refreshes == 4
+    assert 0.2 < whole.objective.model.masks.sparsity() < 0.6
+    found, expected = (t.objective.model.state_dict() for t in (resumed, whole))
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    assert resumed.objective.model.masks.sparsity() == whole.objective.model.masks.sparsity()
+    best = ckpt.load_checkpoint(tmp_path / "whole" / "best-valid.pt")  # of the last masks
+    assert torch.equal(best["model"]["masks.refreshes"], torch.tensor(4))

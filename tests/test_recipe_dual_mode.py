@@ -141,7 +141,11 @@ class TestWholeRun:
 
     def test_speed_is_measured_against_the_dense_streaming_model(self, smoke):
         for phase in ("streaming", "supernet", "extracted"):
-            assert json.loads((smoke.exp / phase / "speed.json").read_text())
+            speed = json.loads((smoke.exp / phase / "speed.json").read_text())
+            assert speed["reference"] == "streaming" and speed["num_threads"] == 1
+            assert speed["modes"]["streaming"]["times_faster"] > 0
+        selection = json.loads((smoke.exp / "extracted/selection.json").read_text())
+        assert selection["largest_difference"] < 1e-5
 
     def test_the_same_command_again_only_makes_the_report(self, smoke):
         before = smoke.stages()
@@ -153,7 +157,7 @@ class TestWholeRun:
         long = ("--stage", "3", "--stop-stage", "3", "--set", "supernet:train.max_steps=100000")
         smoke.stop_in("stage-3-supernet.log", ("max_steps=100000", "Epoch 3"), *long)
         output = smoke.stop_in("stage-3-supernet.log", ("resumed from",), *long)
-        assert "Stage 3: supernet" in output and "is not decoded" not in output
+        assert "Stage 3: supernet" in output
         # What was made of the earlier supernet is of no use any more.
         assert "extracted began with or learnt from what was made anew" in smoke.run("--stage", "6")
 

@@ -5,11 +5,13 @@ gone (`unit`, smaller dense matrices) or zero (`block8x1`). Its outputs are thos
 import dataclasses
 from typing import Any, Dict, List, Tuple
 
+import torch
 from torch import Tensor
 
 from transducer_kd.compress.select import LayerSelection, apply
 from transducer_kd.config import ModelConfig
 from transducer_kd.models.supernet import GroupMasks, Supernet
+from transducer_kd.models.transducer import Transducer
 
 
 def extract(supernet: Supernet) -> Tuple[ModelConfig, Dict[str, Tensor]]:
@@ -26,6 +28,17 @@ def extract(supernet: Supernet) -> Tuple[ModelConfig, Dict[str, Tensor]]:
         feedforward_dim=len(selections[0].ff1),
     )
     return dataclasses.replace(plain.config, encoder=encoder), apply(plain.state_dict(), selections, config)
+
+
+@torch.no_grad()
+def largest_difference(supernet: Supernet, student: Transducer) -> float:
+    """Between the encoder outputs of both, which are in eval, streaming through the same random features."""
+    generator = torch.Generator().manual_seed(0)
+    config = supernet.config.encoder
+    x = torch.randn(2, 4 * (2 * config.chunk_size + 3), config.feature_dim, generator=generator)
+    lens = torch.tensor([x.size(1), x.size(1) - 5])
+    found, expected = (m.encode(x, lens, config.chunk_size)[0] for m in (student, supernet))
+    return float((found - expected).abs().max())
 
 
 def kept_groups(masks: GroupMasks) -> List[Dict[str, Any]]:

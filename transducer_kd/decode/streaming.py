@@ -27,8 +27,10 @@ def streaming_greedy_search(
     All streams start together; one that ends early idles until the longest ends. The hypotheses are those of
     `greedy_search` on the encoder's masked full-sequence output with the same chunk size.
     A supernet needs LoadedModel.in_mode first: its encoder alone knows no masks.
-    Raises UserError for a model without a chunk size.
+    Raises UserError for a model without a chunk size, ValueError for a supernet.
     """
+    if hasattr(model, "masks"):
+        raise ValueError("a supernet's encoder would stream with all its weights: take Supernet.plain()")
     chunk_size = model.encoder.cfg.chunk_size if chunk_size is None else chunk_size
     if chunk_size <= 0:
         raise UserError(
