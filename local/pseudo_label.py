@@ -104,6 +104,7 @@ def label(args: argparse.Namespace, filters: Any, place: Any) -> Optional[Dict[s
     loaded = build.load_model(*weights, str(place.device), args.lang_dir)
     as_trained = loaded.config.model.encoder.chunk_size
     chunk_size = args.chunk_size if args.chunk_size >= 0 else as_trained
+    loaded = loaded.in_mode(chunk_size)
     labeller = Labeller(loaded, chunk_size, args.beam_size, args.soft)
 
     folder, fbank_dir = args.output_dir, Path(args.fbank_dir or loaded.config.data.fbank_dir)
