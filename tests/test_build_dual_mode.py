@@ -1,6 +1,8 @@
 """Building the phases of recipe dual_mode: first weights, masks, validation of both modes."""
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,9 @@ from transducer_kd.objectives.transducer import TransducerObjective
 from transducer_kd.objectives.wav2vec2 import Wav2Vec2Objective
 from transducer_kd.train import checkpoint as ckpt
 from transducer_kd.train.trainer import Trainer, Validation
+
+sys.path.insert(0, str(Path(__file__).parent / "train"))
+from toy import run_killed_after  # noqa: E402
 
 TEXTS = ["TURN ON THE LIGHTS", "PLAY MUSIC", "SET A TIMER FOR TEN MINUTES"]
 SMALL = [
@@ -220,17 +225,7 @@ def test_a_killed_run_goes_on_with_its_masks_and_ends_with_the_same_ones(
 ):
     whole = trainer_of(tmp_path / "whole", tokenizer, batch)
     whole.run()
-    killed = trainer_of(tmp_path / "cut", tokenizer, batch)
-    update = killed._update
-
-    def killing(*args):
-        update(*args)
-        if killed.progress.step == stop_after:
-            raise KeyboardInterrupt
-
-    killed._update = killing
-    with pytest.raises(KeyboardInterrupt):
-        killed.run()
+    run_killed_after(trainer_of(tmp_path / "cut", tokenizer, batch), stop_after)
     resumed = trainer_of(tmp_path / "cut", tokenizer, batch)
     resumed.run()
     assert whole.objective.model.masks.refreshes == 4

@@ -56,15 +56,21 @@ def place(tmp_path_factory):
         optimizer.step()
         ckpt.update_running_average(average, model, step, config.train.average_period)
         if step in (80, 100):
-            content = {
-                "model": model.state_dict(),
-                "model_avg": average,
-                "progress": {"step": step},
-                "config": to_dict(config),
-                "bpe_sha256": tokenizer.sha256,
-            }
-            ckpt.save_checkpoint(folder / f"exp/epoch-{step // 20 - 3}.pt", content)
+            path = folder / f"exp/epoch-{step // 20 - 3}.pt"
+            save_epoch(path, model, average, step, config, tokenizer)
     return folder
+
+
+def save_epoch(path, model, average, step, config, tokenizer):
+    """A checkpoint as training writes it, without what only training reads."""
+    content = {
+        "model": model.state_dict(),
+        "model_avg": average,
+        "progress": {"step": step},
+        "config": to_dict(config),
+        "bpe_sha256": tokenizer.sha256,
+    }
+    ckpt.save_checkpoint(path, content)
 
 
 def configure(folder, *overrides):
@@ -234,14 +240,8 @@ def supernet_dir(request, place, tmp_path):
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape))
         ckpt.update_running_average(average, model, step, config.train.average_period)
-        content = {
-            "model": model.state_dict(),
-            "model_avg": average,
-            "progress": {"step": step},
-            "config": to_dict(config),
-            "bpe_sha256": tokenizer.sha256,
-        }
-        ckpt.save_checkpoint(tmp_path / f"supernet/epoch-{step // 5}.pt", content)
+        path = tmp_path / f"supernet/epoch-{step // 5}.pt"
+        save_epoch(path, model, average, step, config, tokenizer)
     return tmp_path / "supernet"
 
 

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from toy import ToyObjective, toy_batches, toy_trainer  # noqa: E402
+from toy import ToyObjective, run_killed_after, toy_batches, toy_trainer  # noqa: E402
 
 from transducer_kd.log import UserError
 from transducer_kd.objectives.base import LossOutput
@@ -50,17 +50,7 @@ def test_resumed_run_goes_through_the_same_numbers(tmp_path, stop_after, resumes
     whole = toy_trainer(tmp_path / "whole")
     whole.run()
     # Killed without a chance to save: the second process starts from whatever checkpoint there was.
-    first = toy_trainer(tmp_path / "cut", "train.save_every=2")
-    update = first._update
-
-    def killed(*args):
-        update(*args)
-        if first.progress.step == stop_after:
-            raise KeyboardInterrupt
-
-    first._update = killed
-    with pytest.raises(KeyboardInterrupt):
-        first.run()
+    run_killed_after(toy_trainer(tmp_path / "cut", "train.save_every=2"), stop_after)
     second = toy_trainer(tmp_path / "cut", "train.save_every=2")
     resumed_update, done = second._update, []
     second._update = lambda *args: (resumed_update(*args), done.append(1))

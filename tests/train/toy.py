@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import List
 
+import pytest
 import torch
 
 from transducer_kd.config import load_config
@@ -47,6 +48,20 @@ class ToyObjective(Objective):
         error = self.model(batch.features) - 2 * batch.features.sum(1, keepdim=True)
         losses = error.square().sum(1)
         return LossOutput(losses, torch.ones(len(batch.features)), {"loss": losses.detach().sum()})
+
+
+def run_killed_after(trainer, step):
+    """Run until `step` updates are made, and end without a chance to save."""
+    update = trainer._update
+
+    def killing(*args):
+        update(*args)
+        if trainer.progress.step == step:
+            raise KeyboardInterrupt
+
+    trainer._update = killing
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
 
 
 def toy_validate(objective, step):

@@ -185,7 +185,8 @@ class DataModule:
             cuts = self._load_part(part)
             if self.cfg.speed_perturb:
                 cuts = cuts + self._speed_copies(part, cuts)
-            cuts = share_of(cuts, self.cfg.train_share)
+            if self.cfg.train_share < 1:
+                cuts = share_of(cuts, self.cfg.train_share)
             kept += self._usable(part, cuts, self.cfg.min_cut_s, self.cfg.max_cut_s)
         return kept
 

@@ -5,7 +5,7 @@ Shapes: N batch, T feature frames, C mel bins, T' encoder frames, U tokens, D de
 
 from __future__ import annotations
 
-from typing import List, Optional, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -68,27 +68,33 @@ class Transducer(nn.Module):
 
     def first_pass_parameters(self) -> int:
         """Number of parameters of encoder, decoder and joiner."""
-        return sum(_count(module) for module in (self.encoder, self.decoder, self.joiner))
+        return sum(count_parameters(module) for module in (self.encoder, self.decoder, self.joiner))
 
     def deployed_parameters(self) -> int:
         """Number of parameters that run on a device: the first pass's, and the LAS's where there is one."""
-        return self.first_pass_parameters() + (_count(self.las) if self.las is not None else 0)
+        return self.first_pass_parameters() + (count_parameters(self.las) if self.las is not None else 0)
 
     def parameter_table(self) -> str:
         """Parameters of each part, one line each, for the log."""
         rows: List[Tuple[str, int]] = [
-            ("encoder.subsampling", _count(self.encoder.subsampling)),
-            (f"encoder.layers ({len(self.encoder.layers)})", _count(self.encoder.layers)),
-            ("encoder.norm", _count(self.encoder.norm)),
-            ("decoder", _count(self.decoder)),
-            ("joiner", _count(self.joiner)),
-            *([("las", _count(self.las))] if self.las is not None else []),
+            ("encoder.subsampling", count_parameters(self.encoder.subsampling)),
+            (f"encoder.layers ({len(self.encoder.layers)})", count_parameters(self.encoder.layers)),
+            ("encoder.norm", count_parameters(self.encoder.norm)),
+            ("decoder", count_parameters(self.decoder)),
+            ("joiner", count_parameters(self.joiner)),
+            *([("las", count_parameters(self.las))] if self.las is not None else []),
             ("deployed", self.deployed_parameters()),
-            ("training only", _count(self) - self.deployed_parameters()),
+            ("training only", count_parameters(self) - self.deployed_parameters()),
         ]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}} {number:>12,}" for name, number in rows)
+        return parameter_lines(rows)
 
 
-def _count(module: nn.Module) -> int:
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters of a module."""
     return sum(p.numel() for p in module.parameters())
+
+
+def parameter_lines(rows: Sequence[Tuple[str, int]]) -> str:
+    """Names with their numbers, one line each, under each other."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}} {number:>12,}" for name, number in rows)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transducer_kd.config import Wav2Vec2Config
 from transducer_kd.log import UserError
 from transducer_kd.models.masks import valid_mask
-from transducer_kd.models.transducer import Transducer
+from transducer_kd.models.transducer import Transducer, count_parameters, parameter_lines
 
 
 class GumbelQuantizer(nn.Module):
@@ -132,17 +132,16 @@ class Wav2Vec2(nn.Module):
 
     def deployed_parameters(self) -> int:
         """Number of parameters of the encoder, the one part that outlives the pretraining."""
-        return _count(self.encoder)
+        return count_parameters(self.encoder)
 
     def parameter_table(self) -> str:
         """Parameters of each part, one line each, for the log."""
         rows: List[Tuple[str, int]] = [
-            *((name, _count(part)) for name, part in self.named_children() if _count(part)),
+            *(
+                (name, count_parameters(part))
+                for name, part in self.named_children()
+                if count_parameters(part)
+            ),
             ("mask_embedding", self.mask_embedding.numel()),
         ]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}} {number:>12,}" for name, number in rows)
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+        return parameter_lines(rows)

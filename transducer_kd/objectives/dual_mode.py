@@ -24,9 +24,7 @@ from transducer_kd.models.spec_augment import SpecAugment
 from transducer_kd.models.transducer import Transducer
 from transducer_kd.objectives.base import LossOutput
 from transducer_kd.objectives.distill import DistillObjective, TeacherPass
-from transducer_kd.objectives.shared import SharedTensor
-
-MODES = ("offline", "streaming")  # pass 0, pass 1
+from transducer_kd.objectives.shared import MODES, SharedTensor
 
 
 class DualModeObjective(DistillObjective):

@@ -9,6 +9,8 @@ from typing import List
 
 import torch
 
+MODES = ("offline", "streaming")  # pass 0, pass 1 of what trains both modes of a model
+
 
 class SharedTensor:
     """value: with its graph."""

@@ -33,9 +33,8 @@ from transducer_kd.models.masks import valid_mask
 from transducer_kd.models.subsampling import subsampled_lens
 from transducer_kd.models.wav2vec2 import Wav2Vec2, span_mask
 from transducer_kd.objectives.base import LossOutput, Objective
-from transducer_kd.objectives.shared import SharedTensor
+from transducer_kd.objectives.shared import MODES, SharedTensor
 
-MODES = ("offline", "streaming")  # pass 0, pass 1
 _VALIDATION_SEED = 0  # the same frames are hidden in every validation
 
 
