@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from transducer_kd.compress.pruning import Pruner
 from transducer_kd.config import SpecAugmentConfig, load_config
 from transducer_kd.data.batch import collate
 from transducer_kd.models.frozen import Frozen
@@ -48,9 +49,10 @@ OBJECTIVES = {
         "objective=distill distill.weight=2 distill.ranges_from=teacher distill.utterances=pseudo "
         "distill.stored=true teacher.kind=exp_dir loss.pseudo_weight=0"
     ).split(),
-    # Two passes of each batch, masks that gloo cannot send.
+    # Two passes of each batch, and masks, which gloo cannot send and each process chooses anew after updates.
     "dual_mode": (
-        "objective=dual_mode model.encoder.chunk_size=4 model.pruned_groups=unit distill.weight=1"
+        "objective=dual_mode model.encoder.chunk_size=4 model.pruned_groups=unit distill.weight=1 "
+        "pruning.sparsity=0.5 pruning.begin_step=1 pruning.num_steps=1 pruning.refresh_every=1"
     ).split(),
 }
 
@@ -67,7 +69,9 @@ def build_objective(name, config):
     augment = SpecAugment(SpecAugmentConfig(enabled=False))
     if name == "dual_mode":
         model.masks.assign({part: torch.tensor(kept) for part, kept in KEPT.items()})
-        return DualModeObjective(model, config.loss, augment, config.distill)
+        objective = DualModeObjective(model, config.loss, augment, config.distill)
+        objective.pruner = Pruner(model, config.pruning)
+        return objective
     if name == "las":
         return LasObjective(model, augment, config.two_pass, teacher)
     if name == "two_pass":
@@ -146,6 +150,7 @@ def train(exp_dir, name):
         "dropped": trainer.dropped,
         "audio_s": trainer.progress.audio_s,
         "sums": ddp.all_reduce_sum([1.0 + ddp.rank(), 10.0]),
+        "masks": objective.model.masks.kept() if name == "dual_mode" else {},
     }
 
 
