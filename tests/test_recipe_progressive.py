@@ -80,7 +80,7 @@ class TestConfigurations:
             assert settings(name) == settings("noinit_step1")
         assert settings("scratch") == settings("teacher")
         # From step1 to noinit_step1 and from there to scratch.
-        fresh = {key: settings("scratch")[key] for key in ("loss", "optim")}
+        fresh = {key: settings("scratch")[key] for key in ("loss", "optim", "spec_augment")}
         assert {**settings("step1"), **fresh} == settings("noinit_step1")
         untaught = {key: settings("scratch")[key] for key in ("objective", "teacher", "distill")}
         assert {**settings("noinit_step1"), **untaught} == settings("scratch")
