@@ -189,6 +189,7 @@ class Wav2Vec2Config:
 @dataclass
 class SpecAugmentConfig:
     enabled: bool = True
+    begin_step: int = 0  # update from which on: fresh weights begin to emit sooner without
     num_time_masks: int = 10
     max_time_mask_frames: int = 100
     max_time_mask_fraction: float = 0.15  # of an utterance, all time masks together

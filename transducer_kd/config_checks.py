@@ -35,7 +35,8 @@ _RANGES = {
     "[2, inf)": "two_pass.mwer_nbest wav2vec2.num_entries",  # a list of one has no error to weigh
     "[0, inf)": "model.encoder.head_dim model.encoder.chunk_size model.encoder.left_context "
     "model.las.num_encoder_layers loss.simple_loss_scale loss.warm_step "
-    "loss.ctc_weight loss.pseudo_weight spec_augment.num_time_masks spec_augment.max_time_mask_frames "
+    "loss.ctc_weight loss.pseudo_weight spec_augment.begin_step spec_augment.num_time_masks "
+    "spec_augment.max_time_mask_frames "
     "spec_augment.num_feature_masks spec_augment.max_feature_mask_bins data.min_cut_s data.num_workers "
     "distill.weight distill.frame_shift two_pass.mwer_weight pruning.begin_step "
     "wav2vec2.diversity_weight wav2vec2.penalty_weight "

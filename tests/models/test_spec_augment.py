@@ -19,7 +19,7 @@ def make_batch(seed=0):
 
 def augment(x, lens=LENS, seed=0, **changes):
     torch.manual_seed(seed)
-    return SpecAugment(SpecAugmentConfig(**changes)).train()(x, lens)
+    return SpecAugment(SpecAugmentConfig(**changes)).train()(x, lens, step=0)
 
 
 def test_time_masks_stay_within_their_budget_and_their_utterance():
@@ -77,4 +77,10 @@ def test_input_is_not_modified_and_the_seed_decides():
 def test_does_nothing_in_eval_or_disabled(enabled, training):
     x = make_batch()
     module = SpecAugment(SpecAugmentConfig(enabled=enabled)).train(training)
-    assert torch.equal(module(x, LENS), x)
+    assert torch.equal(module(x, LENS, step=0), x)
+
+
+def test_it_begins_when_it_is_told_to():
+    x = make_batch()
+    module = SpecAugment(SpecAugmentConfig(begin_step=7)).train()
+    assert torch.equal(module(x, LENS, step=6), x) and not torch.equal(module(x, LENS, step=7), x)

@@ -73,7 +73,7 @@ def test_two_processes_give_the_gradients_of_one(tmp_path, objective):
         assert rank["sums"] == [3.0, 20.0]
         for part, kept in alone["masks"].items():
             assert torch.equal(rank["masks"][part], kept)
-            assert kept.tolist() != ddp_worker.KEPT[part] or part == "heads"  # of two heads one is kept anyway
+            assert kept.tolist() != ddp_worker.KEPT[part] or part == "heads"  # one of two is kept
         for got, expected in zip(rank["gradients"], alone["gradients"]):
             assert got.keys() == expected.keys()
             for name in expected:

@@ -13,17 +13,17 @@ from transducer_kd.models.masks import valid_mask
 
 
 class SpecAugment(nn.Module):
-    """Returns an augmented copy in training mode, and its input in eval mode or where it is disabled."""
+    """Returns an augmented copy in training mode from update begin_step on, otherwise its input."""
 
     def __init__(self, cfg: SpecAugmentConfig) -> None:
         super().__init__()
         self.cfg = cfg
 
-    def forward(self, x: Tensor, x_lens: Tensor) -> Tensor:
-        """x (N, T, C), x_lens (N,) -> (N, T, C). Masked values become the utterance's mean; padding stays as
-        it is.
+    def forward(self, x: Tensor, x_lens: Tensor, step: int) -> Tensor:
+        """x (N, T, C), x_lens (N,), step: updates so far -> (N, T, C). Masked values become the utterance's
+        mean; padding stays as it is.
         """
-        if not (self.training and self.cfg.enabled):
+        if not (self.training and self.cfg.enabled and step >= self.cfg.begin_step):
             return x
         valid = valid_mask(x_lens, x.size(1)).unsqueeze(-1)
         masked = (self._time_masks(x, x_lens) | self._feature_masks(x)) & valid

@@ -101,7 +101,7 @@ class DistillObjective(TransducerObjective):
     ) -> Tuple[TransducerPass, Optional[TeacherPass], torch.Tensor, Dict[str, torch.Tensor]]:
         """The student's pass, the teacher's, the transducer's loss with distillation (N,), and its terms."""
         taught = self.ask_teacher(batch)
-        x = self.spec_augment(batch.features, batch.feature_lens)
+        x = self.spec_augment(batch.features, batch.feature_lens, step)
         done = self.transducer_pass(x, batch, guide=self._guide(taught, batch))
         losses, terms = self.transducer_loss(done, batch, step)
         # In training also where it is zero: all ranks log the same names.

@@ -49,7 +49,7 @@ class DualModeObjective(DistillObjective):
     def forward(self, batch: Any, step: int, number: int = 0) -> LossOutput:
         model = self.model
         if number == 0:
-            x = self.spec_augment(batch.features, batch.feature_lens)
+            x = self.spec_augment(batch.features, batch.feature_lens, step)
             frames, lens = model.encoder.subsample(x, batch.feature_lens)
             self._shared = SharedTensor(frames), SharedTensor(model.decode_labels(batch.y))
             frames, decoder_out = (shared.leaf() for shared in self._shared)

@@ -73,7 +73,7 @@ class TransducerObjective(Objective):
         self.backend = pruned_rnnt.resolve_backend(loss.backend)
 
     def forward(self, batch: Any, step: int) -> LossOutput:
-        done = self.transducer_pass(self.spec_augment(batch.features, batch.feature_lens), batch)
+        done = self.transducer_pass(self.spec_augment(batch.features, batch.feature_lens, step), batch)
         losses, terms = self.transducer_loss(done, batch, step)
         return LossOutput.of_terms(losses, done.encoder_out_lens, terms)
 

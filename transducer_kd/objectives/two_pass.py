@@ -90,7 +90,7 @@ class LasObjective(Objective):
         return self
 
     def forward(self, batch: Any, step: int) -> LossOutput:
-        x = self.spec_augment(batch.features, batch.feature_lens)
+        x = self.spec_augment(batch.features, batch.feature_lens, step)
         with torch.no_grad():
             encoded = self.model.encode(x, batch.feature_lens)
         teacher = self.frozen.module if self.frozen is not None else None
