@@ -32,6 +32,7 @@ SMALL = [
     "wav2vec2.projection_dim=5",
 ]  # fmt: skip
 UNITS = ["model.pruned_groups=unit", "pruning.sparsity=0.5", "pruning.num_steps=100"]
+PRETRAIN = ["objective=wav2vec2", "spec_augment.enabled=false"]
 BLOCKS = ["model.pruned_groups=block8x1", *UNITS[1:]]
 
 
@@ -59,7 +60,7 @@ def save(exp_dir, tokenizer, config, model):
 @pytest.fixture
 def pretrained(tokenizer, tmp_path):
     """A phase that was pretrained, with masks of its own -> its folder, its model."""
-    config, objective, _ = built(tokenizer, "objective=wav2vec2", "train.seed=5", *UNITS)
+    config, objective, _ = built(tokenizer, *PRETRAIN, "train.seed=5", *UNITS)
     objective.model.masks.ff1[:, ::3] = False
     save(tmp_path, tokenizer, config, objective.model)
     return tmp_path, objective.model
@@ -68,7 +69,7 @@ def pretrained(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     "overrides, objective_class, model_class, is_pruned",
     [
-        (["objective=wav2vec2", *UNITS], Wav2Vec2Objective, Wav2Vec2, True),
+        ([*PRETRAIN, *UNITS], Wav2Vec2Objective, Wav2Vec2, True),
         (["objective=dual_mode", *UNITS], DualModeObjective, Supernet, True),
         (["objective=dual_mode", *BLOCKS], DualModeObjective, Supernet, True),
         (["objective=transducer", *UNITS], TransducerObjective, Supernet, True),
@@ -92,6 +93,12 @@ def test_a_supernet_begins_with_encoder_and_masks_of_the_pretraining(tokenizer, 
             assert torch.equal(found[name], wanted[name]), name
     assert "fresh: decoder joiner simple_am_proj simple_lm_proj" in caplog.text
     assert origins["init"]["path"] == str(folder)
+
+
+def test_a_las_does_not_begin_with_a_pretraining(tokenizer, pretrained):
+    las = ["objective=las", "model.las.enabled=true", f"init.exp_dir={pretrained[0]}"]
+    with pytest.raises(UserError, match="was pretrained without text.*begin with a trained transducer"):
+        built(tokenizer, *las)
 
 
 def test_sparsity_to_begin_with_needs_masks_to_begin_with(tokenizer):
@@ -187,7 +194,7 @@ def test_validation_decodes_both_modes_and_shows_the_masks(tokenizer, batch):
 
 
 def test_validation_of_the_pretraining_counts_codes_and_decodes_nothing(tokenizer, batch):
-    _, objective, _ = built(tokenizer, "objective=wav2vec2", *UNITS)
+    _, objective, _ = built(tokenizer, *PRETRAIN, *UNITS)
     result = validated(objective, tokenizer, batch)
     assert result.texts == [] and "wer" not in result.metrics
     assert {"accuracy_offline", "accuracy_streaming", "chance", "perplexity_0"} <= result.metrics.keys()

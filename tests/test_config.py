@@ -148,6 +148,10 @@ DISTILL = ["objective=distill", "distill.weight=1"]
             ["objective=las", *LAS, *UNITS, "pruning.sparsity=0.5"],
             r"pruning\.sparsity=0\.5 is not for objective=las, which keeps the masks",
         ),
+        (
+            ["objective=wav2vec2"],
+            r"objective=wav2vec2 hides spans of its own .*: set spec_augment\.enabled=false",
+        ),
         (["wav2vec2.gumbel_end=3"], r"gumbel_end=3\.0 must not be above gumbel_start=2\.0"),
         (
             ["wav2vec2.num_codebooks=8", "wav2vec2.codebook_dim=128"],
@@ -225,7 +229,7 @@ def test_objectives_use_what_is_asked_for(overrides, message):
         ["objective=transducer", "data.pseudo_share=0.5", "loss.pseudo_weight=0.5"],
         ["objective=las", *LAS],
         ["objective=dual_mode", *UNITS, "pruning.sparsity=0.5", "distill.weight=1"],
-        ["objective=wav2vec2", *UNITS],
+        ["objective=wav2vec2", "spec_augment.enabled=false", *UNITS],
         ["objective=las", *LAS, "two_pass.las_kd_weight=1", *TEACHER],
         ["objective=two_pass", *LAS, "two_pass.mwer_weight=1"],
         ["objective=two_pass", *LAS, "distill.weight=1", "teacher.kind=torchscript"],

@@ -86,7 +86,7 @@ def build_objective(
             config.init.exp_dir, "init.exp_dir", "the phase whose masks pruning.initial_sparsity goes on with"
         )
     if config.init.exp_dir:
-        origins["init"] = _start_from(model, config.init, tokenizer)
+        origins["init"] = _start_from(model, config.init, tokenizer, config.objective)
     teacher = None
     if config.teacher.kind != "none":
         teacher, origins["teacher"] = build_teacher(config.teacher, tokenizer)
@@ -204,7 +204,7 @@ def _require(value: str, key: str, what: str) -> None:
         raise UserError(f"{key} is not set; pass --set {key}=... ({what})")
 
 
-def _start_from(model: Any, init: cfg.InitConfig, tokenizer: Tokenizer) -> Dict[str, Any]:
+def _start_from(model: Any, init: cfg.InitConfig, tokenizer: Tokenizer, objective: str) -> Dict[str, Any]:
     """Load an earlier phase's weights into `model`; only a whole CTC head, a whole LAS and all masks may be
     new, or be left behind, and everything but the encoder where the earlier phase had no text."""
     state, content, checkpoint = ckpt.select_weights(
@@ -218,6 +218,11 @@ def _start_from(model: Any, init: cfg.InitConfig, tokenizer: Tokenizer) -> Dict[
     own = {_part(k) for k in state} & {_part(k) for k in reference}
     replaceable = {"las", "ctc_output", "masks"}
     if there.objective == "wav2vec2":
+        if objective == "las":
+            raise UserError(
+                f"init.exp_dir={init.exp_dir} was pretrained without text, and objective=las trains the LAS "
+                "alone: prediction network and joiner would stay untrained; begin with a trained transducer"
+            )
         replaceable = {_part(k) for k in (*state, *reference)} - {"encoder"}
     for key in sorted(state.keys() | reference.keys()):
         found, wanted = (tuple(s[key].shape) if key in s else "nothing" for s in (state, reference))

@@ -129,6 +129,11 @@ def _check_objective(config: Any, origin: str) -> None:
         )
     if config.two_pass.mwer_weight > 0 and name != "two_pass":
         raise UserError(f"{origin}: two_pass.mwer_weight is for objective two_pass, not {name}")
+    if name == "wav2vec2" and config.spec_augment.enabled:
+        raise UserError(
+            f"{origin}: objective=wav2vec2 hides spans of its own (wav2vec2.mask_prob): set "
+            "spec_augment.enabled=false"
+        )
     has_teacher = config.teacher.kind != "none"
     if name == "distill" and not kd:
         raise UserError(f"{origin}: objective=distill needs distill.weight above 0; without, use transducer")
