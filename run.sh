@@ -67,6 +67,8 @@ Model and training
   --set SECTION.KEY=VALUE      change a setting of all phases; may be repeated; transducer_kd/config.py has them all
   --set PHASE:SECTION.KEY=VALUE    of one phase, such as student:distill.weight=5
   --nproc N                    training processes, one per GPU (torchrun; default 1)
+  --jobs N                     phases trained side by side where none waits for the other (default: 2 at scales smoke
+                               and mini, where two processes of one thread are faster than one of two; else 1)
   --device auto|cpu|cuda|cuda:N    (default auto: the GPU where there is one)
   --controls                   two_pass: also train the students without a teacher. dual_mode: also other sparsities
                                and groups, and a quarter of the labels. The others always train all controls
@@ -74,7 +76,7 @@ Model and training
 Environment
   --env k2|modern              .venv or .venv-modern; tools/setup.sh makes it when it is missing
                                (default: the one tools/setup.sh chose, see its --help)
-  OMP_NUM_THREADS              CPU threads of one process (default: all cores)
+  OMP_NUM_THREADS              CPU threads of one process (default: all cores, shared among --nproc and --jobs)
 HELP
 }
 

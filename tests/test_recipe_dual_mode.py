@@ -96,7 +96,7 @@ class TestWholeRun:
 
     def test_every_phase_is_made_decoded_and_reported(self, smoke):
         stages = smoke.stages()
-        assert stages[2 : 2 + len(PHASES)] == PHASES
+        assert sorted(stages[2 : 2 + len(PHASES)]) == sorted(PHASES)
         decoded = [f"decode {phase}" for phase in DECODED]
         assert stages[2 + len(PHASES) :] == [*decoded, "emission delays", "speed", "report"]
         for name in ("report.html", "RESULTS.md"):

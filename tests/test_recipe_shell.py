@@ -1,4 +1,4 @@
-"""What the recipes share, egs/librispeech/{common,stages}.sh: its own words are run with invented phases."""
+"""What the recipes share, egs/librispeech/{common,runner,stages}.sh, run with invented phases."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ RECIPE = """
   recipe=mine recipe_dir=$PWD/egs/librispeech/mine last_stage=6
   source egs/librispeech/common.sh
   parse_options --scale smoke --env k2 {options}
-  cd $root; corpus_name=synthetic mine=egs/librispeech/mine
+  cd $root; jobs=${{jobs:-1}} cores=2 threads_are_given=0; corpus_name=synthetic mine=egs/librispeech/mine
   exp_root=$mine/exp/synthetic-smoke conf_dir=$mine/conf/smoke
   manifests_dir=m fbank_dir=f lang_dir=l
   phases="teacher student plain" learns_from=([student]=teacher)
@@ -30,6 +30,7 @@ RECIPE = """
     esac
   }}
   run() {{ echo "RUN $*"; }}
+  now() {{ train_stage "$@"; train_queued; }}
   {body}
   trap - EXIT
 """
@@ -39,19 +40,19 @@ RECIPE = """
 def shell(tmp_path):
     """Function: lines of a recipe's body, in a folder of its own; `done` marks phases as trained."""
     (tmp_path / EGS / "mine/conf/smoke").mkdir(parents=True)
-    for name in ("common.sh", "stages.sh"):
+    for name in ("common.sh", "runner.sh", "stages.sh"):
         (tmp_path / EGS / name).write_text((ROOT / EGS / name).read_text())
     for phase in ("teacher", "student", "plain"):
         (tmp_path / EGS / f"mine/conf/smoke/{phase}.yaml").write_text(f"phase: {phase}\n")
         (tmp_path / EGS / f"mine/exp/synthetic-smoke/{phase}").mkdir(parents=True)
     (tmp_path / EGS / "mine/exp/synthetic-smoke/log").mkdir()
 
-    def run(body, options=""):
+    def run(body, options="", status=0):
         script = RECIPE.format(body=body, options=options)
         done = subprocess.run(
             ["bash", "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        assert done.returncode == 0, done.stdout
+        assert done.returncode == status, done.stdout
         return done.stdout
 
     run.exp = tmp_path / EGS / "mine/exp/synthetic-smoke"
@@ -65,7 +66,7 @@ def trainings(output):
 
 
 def test_a_phase_learns_from_the_one_that_the_recipe_names(shell):
-    told = trainings(shell("train_stage 2 teacher; train_stage 3 student not-a-phase; train_stage 4 plain"))
+    told = trainings(shell("now 2 teacher; now 3 student not-a-phase; now 4 plain"))
     assert list(told) == ["teacher", "student", "plain"]
     assert "--set teacher.exp_dir=egs/librispeech/mine/exp/synthetic-smoke/teacher" in told["student"]
     assert "teacher.exp_dir" not in told["teacher"] + told["plain"]
@@ -74,7 +75,7 @@ def test_a_phase_learns_from_the_one_that_the_recipe_names(shell):
 def test_arguments_of_the_recipe_come_before_the_users_settings(shell):
     body = """
       phase_arguments() { run helper "$1"; arguments+=(--set "data.pseudo_labels=labels of $1"); }
-      train_stage 4 plain
+      now 4 plain
     """
     output = shell(body, options="--set plain:data.pseudo_labels=mine")
     assert "RUN helper plain" in output
@@ -85,10 +86,10 @@ def test_arguments_of_the_recipe_come_before_the_users_settings(shell):
 def test_what_a_recipe_says_a_phase_was_made_from_makes_it_begin_anew(shell):
     body = """
       phase_inputs() { [ "$1" != plain ] || echo "labels $labels"; }
-      labels=one; train_stage 4 plain; is_current plain && echo CURRENT-ONE
+      labels=one; now 4 plain; is_current plain && echo CURRENT-ONE
       labels=two; is_current plain || echo STALE
     """
-    output = shell(body + "train_stage 4 plain; is_current plain && echo CURRENT-TWO; train_stage 4 plain")
+    output = shell(body + "now 4 plain; is_current plain && echo CURRENT-TWO; now 4 plain")
     assert all(word in output for word in ("CURRENT-ONE", "STALE", "CURRENT-TWO"))
     assert output.count("RUN python local/train.py") == 2
     assert output.count("its options changed") == 1 and output.count("done already") == 1
@@ -97,8 +98,8 @@ def test_what_a_recipe_says_a_phase_was_made_from_makes_it_begin_anew(shell):
 
 def test_a_phase_that_is_no_longer_what_it_was_made_from_is_not_decoded(shell):
     body = """
-      train_stage 2 teacher; train_stage 3 student
-      force=1; train_stage 2 teacher; force=0
+      now 2 teacher; now 3 student
+      force=1; now 2 teacher; force=0
       methods=greedy_search; decode_stage
     """
     output = shell(body)
@@ -109,7 +110,7 @@ def test_a_phase_that_is_no_longer_what_it_was_made_from_is_not_decoded(shell):
 
 
 def test_a_phase_may_begin_with_the_phase_that_teaches_it(shell):
-    body = "begins_with[student]=teacher; train_stage 2 teacher; train_stage 3 student; parents student"
+    body = "begins_with[student]=teacher; now 2 teacher; now 3 student; parents student"
     output = shell(body)
     told = [line for line in output.splitlines() if "local/train.py" in line and "/student " in line]
     assert len(told) == 1
@@ -122,13 +123,83 @@ def test_a_phase_is_stale_when_an_ancestor_of_its_parents_was_trained_anew(shell
     body = """
       begins_with[finetune]=student; phases+=" finetune"
       cp "$conf_dir/student.yaml" "$conf_dir/finetune.yaml"; mkdir "$exp_root/finetune"
-      train_stage 2 teacher; train_stage 3 student; train_stage 5 finetune
+      now 2 teacher; now 3 student; now 5 finetune
       is_current finetune && echo CURRENT
-      force=1; train_stage 2 teacher; force=0
+      force=1; now 2 teacher; force=0
       is_current finetune || echo STALE
     """
     output = shell(body)
     assert "CURRENT" in output and "STALE" in output
+
+
+class TestSideBySide:
+    """--jobs 2: a phase waits for what it is made from, and for a free place."""
+
+    RUN = """
+      jobs=2 phases="teacher student plain late"
+      cp "$conf_dir/plain.yaml" "$conf_dir/late.yaml"; mkdir "$exp_root/late"
+      run() {
+        local phase; phase=$(sed 's/.*--exp-dir //; s/ .*//; s/.*[/]//' <<<"$*")
+        echo "begin $phase OMP_NUM_THREADS=$OMP_NUM_THREADS" >>"$exp_root/told"
+        "of_$phase"
+        echo "end $phase" >>"$exp_root/told"
+      }
+      until_told() { until grep -qx "$1" "$exp_root/told"; do sleep 0.05; done; }
+      wait_for_it() { sleep 30 & child=$!; wait "$child"; }
+      of_teacher() { until_told "end plain"; }
+      of_student() { :; }
+      of_plain() { until_told "begin teacher OMP_NUM_THREADS=1"; }
+      of_late() { :; }
+    """
+    ALL = "train_stage 2 teacher; train_stage 3 student; train_stage 4 plain late; train_queued"
+
+    def told(self, shell):
+        return (shell.exp / "told").read_text().splitlines()
+
+    def test_what_does_not_wait_runs_beside(self, shell):
+        """teacher ends only after plain has, plain only after teacher has begun."""
+        output = shell(self.RUN + self.ALL)
+        words = [line.partition(" OMP")[0] for line in self.told(shell)]
+        assert {*words[:2]} == {"begin teacher", "begin plain"} and len(words) == 8
+        assert words.index("begin late") > words.index("end plain")
+        assert words.index("begin student") > words.index("end teacher")
+        assert all(line.endswith("OMP_NUM_THREADS=1") for line in self.told(shell) if "begin" in line)
+        assert sorted(p.parent.name for p in shell.exp.glob("*/.done")) == [
+            "late",
+            "plain",
+            "student",
+            "teacher",
+        ]
+        assert (
+            "student: " in output
+            and "Stage 3: done in" in (shell.exp / "log/stage-3-student.log").read_text()
+        )
+
+    def test_threads_that_the_user_asks_for_stay(self, shell):
+        shell(
+            "export OMP_NUM_THREADS=7 threads_are_given=1; "
+            + self.RUN.replace("THREADS=1", "THREADS=7")
+            + self.ALL
+        )
+        assert all(line.endswith("OMP_NUM_THREADS=7") for line in self.told(shell) if "begin" in line)
+
+    def test_when_one_fails_the_others_are_stopped_and_nothing_follows(self, shell):
+        body = self.RUN + "of_plain() { until_told 'begin teacher OMP_NUM_THREADS=1'; return 3; }\n"
+        body += "of_teacher() { trap 'echo saved >>\"$exp_root/told\"; kill $child; exit 143' TERM; wait_for_it; }\n"
+        output = shell(body + self.ALL, status=3)
+        words = self.told(shell)
+        assert "saved" in words and not [w for w in words if "student" in w or "late" in w or "end" in w]
+        assert output.count("ERROR stage 4 (plain) failed (status 3)") == 1
+        assert "stage-4-plain.log" in output and not list(shell.exp.glob("*/.done"))
+
+    def test_a_signal_reaches_all(self, shell):
+        body = self.RUN + "of_plain() { wait_for_it; }\nof_teacher() { wait_for_it; }\n"
+        body += "main=$$; (until_told 'begin plain OMP_NUM_THREADS=1'; until_told 'begin teacher OMP_NUM_THREADS=1'\n"
+        body += "kill -TERM $main) &\n"
+        output = shell(body + self.ALL, status=143)
+        for stage, phase in ((2, "teacher"), (4, "plain")):
+            assert output.count(f"ERROR stage {stage} ({phase}) was stopped (status 143)") == 1
+        assert not [line for line in self.told(shell) if line.startswith("end")]
 
 
 class TestReuse:
@@ -141,7 +212,7 @@ class TestReuse:
         (phase_fingerprint $phase; echo "ended 1.0") >$other/$phase/.done
       done
     """
-    TRAIN = "train_stage 2 teacher; train_stage 3 student; train_stage 4 plain"
+    TRAIN = "now 2 teacher; now 3 student; now 4 plain"
     OFFER = "--reuse egs/librispeech/other/exp/synthetic-smoke/"
 
     def test_where_it_has_neither_teacher_nor_first_weights(self, shell):

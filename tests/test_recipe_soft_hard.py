@@ -155,13 +155,16 @@ class TestWholeRun:
     """In this order: the last test leaves phases that are out of date."""
 
     def test_all_stages_run_in_the_order_in_which_they_need_each_other(self, smoke):
-        assert smoke.stages() == [
-            *["corpus and manifests", "features and BPE", "teacher", "base_streaming", "labels of teacher"],
-            *[*STREAMING, *SELF],
-            *["labels of hard_self", "hard_self2", "labels of soft_self", "soft_self2"],
-            *[f"decode {phase}" for phase in TRAINED],
-            *["emission delays", "report"],
-        ]
+        stages = smoke.stages()
+        for together in (
+            *[["corpus and manifests"], ["features and BPE"], ["teacher", "base_streaming"]],
+            *[["labels of teacher"], [*STREAMING, *SELF], ["labels of hard_self"], ["labels of soft_self"]],
+            *[["hard_self2", "soft_self2"], *([f"decode {phase}"] for phase in TRAINED)],
+            *[["emission delays"], ["report"]],
+        ):
+            assert sorted(stages[: len(together)]) == sorted(together)
+            del stages[: len(together)]
+        assert not stages
 
     def test_every_phase_is_decoded_in_its_mode(self, smoke):
         sizes = {"offline": set(), "streaming": set()}

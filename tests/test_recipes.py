@@ -87,7 +87,11 @@ class TestWholeRun:
 
     def test_all_stages_run_and_the_results_table_is_printed(self, smoke):
         stages = smoke.stages()
-        assert stages[: len(STAGES)] == STAGES and stages[-1] == "report"
+        assert (
+            stages[:2] == STAGES[:2]
+            and sorted(stages[2 : len(STAGES)]) == sorted(STAGES[2:])
+            and stages[-1] == "report"
+        )
         assert sorted(stages[len(STAGES) : -1]) == sorted(f"decode {phase}" for phase in TRAINED)
         for word in ("test-clean", "las_rescore", "greedy_search", "modified_beam_search"):
             assert word in smoke.output
@@ -159,7 +163,7 @@ class TestWholeRun:
         output = smoke.run(*settings)
         assert "Stage 2: teacher: its options changed" in output
         # Who began with its weights, or learnt from it, is of another teacher now.
-        assert smoke.stages() == [*before, "teacher", "teacher_las", "student"]
+        assert sorted(smoke.stages()[len(before) :]) == ["student", "teacher", "teacher_las"]
         kept = [d for d in smoke.exp.iterdir() if d.name.startswith("teacher.old-")]
         assert len(kept) == 1 and (kept[0] / "metrics.json").exists()
         config = json.loads((smoke.exp / "teacher" / "config.json").read_text())

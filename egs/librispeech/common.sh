@@ -1,5 +1,5 @@
-# What the recipes share. Here: options, environment, places and configurations. In stages.sh, which this file sources:
-# the stage runner and the stages.
+# What the recipes share. Here: options, environment, places and configurations. This file sources runner.sh, which runs
+# stages, and stages.sh, the stages themselves.
 #
 # A recipe's run.sh, from top to bottom:
 #
@@ -16,9 +16,11 @@
 #   first_pass=METHOD             only where phases have a LAS: of what method it rescores the hypotheses
 #   start_recipe                  activates the environment, makes the folders, reads all configurations
 #   data_stages                   stages 0 and 1
-#   train_stage 2 teacher         trains those of these phases that are in `phases`; stages 3 to 5 likewise
-#   last_stages                   stage 6: decode_stage for what is trained, then the report (a recipe with steps of its
-#                                 own between the two calls them itself)
+#   train_stage 2 teacher         queues those of these phases that are in `phases`; stages 3 to 5 likewise
+#   train_queued                  trains them, those side by side that need not wait for each other; before any step
+#                                 that uses them
+#   last_stages                   train_queued, then stage 6: decode_stage for what is trained, and the report (a recipe
+#                                 with steps of its own between them calls them itself)
 #
 # It may define two functions:
 #
@@ -29,7 +31,7 @@
 #                           phases it begins with and learns from, for example the hash of its pseudo-labels. When a
 #                           line changes, the phase is trained anew, and it is not decoded before that.
 #
-# A step of its own that trains nothing, such as labelling, is a call of run_stage (stages.sh) between the others; its
+# A step of its own that trains nothing, such as labelling, is a call of run_stage (runner.sh) between the others; its
 # fingerprint should hold $(training_ended PHASE) of every phase that it uses, and feature_fingerprint. Of use there:
 # $exp_root $conf_dir $fbank_dir $lang_dir $manifests_dir $device $nproc, config_value, parts_of, select_sets,
 # require_trained. run.sh stays below 120 lines.
@@ -54,7 +56,7 @@ fail() {
 # name=default. A name with a dash becomes a variable with an underscore. Switches may stand alone or take 0 or 1.
 value_options="stage=0 stop-stage= corpus=synthetic corpus-dir= corpus-name= csv= kaldi-dir= manifest-dir=
   train-parts= dev-parts= test-parts= unlabelled-parts= bad-audio=error channel= text-norm=upper scale=
-  vocab-size= bpe-model= teacher-torchscript= teacher-tokens= nproc=1 device=auto env=
+  vocab-size= bpe-model= teacher-torchscript= teacher-tokens= nproc=1 jobs= device=auto env=
   min-confidence="
 switch_options="full-libri=0 resample=0 on-the-fly-feats=0 controls=0 force=0"
 
@@ -122,13 +124,14 @@ parse_options() {
 # Refuses what cannot work before anything is started. $1: the names that were given.
 check_options() {
   local given=$1 name sources=0 scales
-  for name in stage stop_stage vocab_size nproc channel; do
+  for name in stage stop_stage vocab_size nproc jobs channel; do
     [[ ${!name} =~ ^[0-9]*$ ]] || fail "--${name//_/-} must be a whole number, not ${!name}"
   done
   stop_stage=${stop_stage:-$((stage > last_stage ? stage : last_stage))}
   [ "$stage" -le "$stop_stage" ] || fail "--stage $stage is after --stop-stage $stop_stage: nothing to do"
   [ "$stop_stage" -le "$last_stage" ] || fail "stage $stop_stage is not there in recipe $recipe; its last is $last_stage"
   [ "$nproc" -ge 1 ] || fail "--nproc must be at least 1"
+  [ "${jobs:-1}" -ge 1 ] || fail "--jobs must be at least 1"
   case $corpus in
     synthetic | mini_librispeech | librispeech) ;;
     *) fail "--corpus $corpus is not one of synthetic, mini_librispeech, librispeech; for your own data say" \
@@ -209,11 +212,22 @@ activate_environment() {
     fail "there is no usable environment; see above, and ask: python3 tools/check_env.py"
   export PATH=$venv/bin:$PATH VIRTUAL_ENV=$venv PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
   unset PYTHONHOME
-  local cores
-  cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / nproc > 0 ? cores / nproc : 1))}
+  set_threads
   # torch 1.13.1's MKL takes its slow path on AMD without this.
   if grep -q AuthenticAMD /proc/cpuinfo 2>/dev/null; then export MKL_DEBUG_CPU_TYPE=5; fi
+}
+
+# Models of minutes have operations so small that two threads are hardly faster than one, and two processes are.
+set_threads() {
+  cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+  threads_are_given=1
+  if [ -z "${OMP_NUM_THREADS:-}" ]; then
+    threads_are_given=0
+    export OMP_NUM_THREADS=$((cores / nproc > 0 ? cores / nproc : 1))
+  fi
+  if [ -z "$jobs" ]; then
+    case $scale in smoke | mini) jobs=$((cores / nproc > 1 ? 2 : 1)) ;; *) jobs=1 ;; esac
+  fi
 }
 
 # data_dir: data/<data id>. The id is the corpus's name; the synthetic corpus has other speech at scale smoke, so there
@@ -299,4 +313,5 @@ start_recipe() {
   read_configs $phases
 }
 
+source "$egs_dir/runner.sh"
 source "$egs_dir/stages.sh"

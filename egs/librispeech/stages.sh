@@ -1,105 +1,5 @@
-# What the recipes share, second part: the stage runner and the stages. Sourced by common.sh, which says what a recipe
+# What the recipes share, third part: the stages, and what each depends on. Sourced by common.sh, which says what a recipe
 # has to set.
-
-# --- The stage runner ----------------------------------------------------------------------------------------------
-
-current_stage="" current_name="" stage_log="" child=""
-
-is_asked() { [ "$1" -ge "$stage" ] && [ "$1" -le "$stop_stage" ]; }
-
-# run_stage NUMBER NAME MARK FINGERPRINT FUNCTION [ARGUMENT...]
-# Calls FUNCTION unless MARK says that it ended well with this FINGERPRINT, which holds every option that matters. With
-# another fingerprint the stage runs again, and FUNCTION finds redo=1, as with --force: earlier output is no use then.
-# Without a MARK the stage always runs.
-run_stage() {
-  local mark=$3 start
-  is_asked "$1" || return 0
-  redo=$force
-  if [ -n "$mark" ] && [ -e "$mark" ]; then
-    if [ "$(sed '$d' "$mark")" != "$4" ]; then
-      log "Stage $1: $2: its options changed, so it runs again"
-      redo=1
-    elif [ "$force" = 0 ]; then
-      log "Stage $1: $2: done already (--force runs it again)"
-      return 0
-    fi
-  fi
-  rm -f ${mark:+"$mark"}
-  current_stage=$1 current_name=$2 stage_log=""
-  start=$(date +%s.%N)
-  # On a terminal the output stays there, because tqdm's bars need one; elsewhere it goes to a log file as well.
-  if [ ! -t 2 ]; then
-    stage_log=$exp_root/log/stage-$1-${2// /-}.log
-    exec 3>&1 4>&2 > >(trap '' INT TERM HUP; exec tee "$stage_log") 2>&1
-    tee_pid=$!
-  fi
-  log "Stage $1: $2"
-  "${@:5}"
-  log "Stage $1: done in $(elapsed_since "$start") s"
-  end_stage_log
-  if [ -n "$mark" ]; then
-    printf '%s\nended %s\n' "$4" "$(date +%s.%N)" >"$mark.tmp"
-    mv "$mark.tmp" "$mark"
-  fi
-  printf '{"stage": %d, "name": "%s", "seconds": %s}\n' "$1" "$2" "$(elapsed_since "$start")" >>"$exp_root/stages.jsonl"
-  current_stage=""
-}
-
-elapsed_since() { awk -v a="$1" -v b="$(date +%s.%N)" 'BEGIN { printf "%.1f", b - a }'; }
-
-# Gives the output back to where it went before the stage, and waits until tee has written all of it.
-end_stage_log() {
-  [ -n "$stage_log" ] || return 0
-  exec >&3 2>&4 3>&- 4>&-
-  wait "$tee_pid" || true
-}
-
-# Runs a program of the stage, shown first. In the background with wait, because bash handles a signal only after a
-# foreground program has ended: a SIGTERM or Ctrl-C should reach the program, which then saves what it has.
-run() {
-  local status=0 shown="+" word
-  for word in "$@"; do
-    [[ $word =~ ^[A-Za-z0-9_./=:,+-]+$ ]] || word="'$word'"
-    shown+=" $word"
-  done
-  echo "$shown" >&2
-  "$@" </dev/null &
-  child=$!
-  wait "$child" || status=$?
-  child=""
-  return "$status"
-}
-
-# The second Ctrl-C does not wait. Worker processes that outlive the program they belong to are ended too.
-on_signal() {
-  local workers
-  trap '' TERM HUP
-  trap 'kill -KILL "$child" 2>/dev/null; exit 137' INT
-  if [ -n "$child" ]; then
-    workers=$(pgrep -P "$child" 2>/dev/null || true)
-    kill -TERM "$child" 2>/dev/null || true
-    wait "$child" || true
-    [ -z "$workers" ] || kill -TERM $workers 2>/dev/null || true
-  fi
-  exit 143
-}
-
-on_exit() {
-  local status=$?
-  trap - EXIT
-  [ "$status" -ne 0 ] && [ -n "$current_stage" ] || exit "$status"
-  end_stage_log
-  local what="failed"
-  case $status in 130 | 143) what="was stopped" ;; esac
-  local next="The same command goes on from here; --force starts the stage anew."
-  [ "$force" = 0 ] || next="The same command without --force goes on from here; with it the stage starts anew."
-  echo "$(date '+%Y-%m-%d %H:%M:%S') ERROR stage $current_stage ($current_name) $what (status $status)." \
-    "${stage_log:+Its output is in $stage_log. }$next" >&2
-  exit "$status"
-}
-
-trap on_exit EXIT
-trap on_signal INT TERM HUP
 
 # --- What a stage depends on ---------------------------------------------------------------------------------------
 
@@ -226,17 +126,6 @@ stage_features() {
 
 # --- Stages 2 to 5: training ---------------------------------------------------------------------------------------
 
-# run_stage for the phases $2... of stage $1, those of them that were asked for.
-train_stage() {
-  local number=$1 phase
-  is_asked "$number" || return 0
-  for phase in "${@:2}"; do
-    [[ " $phases " == *" $phase "* ]] || continue
-    run_stage "$number" "$phase" "$exp_root/$phase/.done" "$(phase_fingerprint "$phase"; dependencies "$phase")" \
-      train "$phase"
-  done
-}
-
 # Trains phase $1 from what it begins with and learns from.
 train() {
   local phase=$1 parent begin=${begins_with[$1]:-} teacher arguments=()
@@ -287,6 +176,7 @@ train_phase() {
 # --- Stage 6: decoding and report ----------------------------------------------------------------------------------
 
 last_stages() {
+  train_queued
   if [ "$stop_stage" -ge 6 ]; then decode_stage; fi
   run_stage 6 "report" "" "" stage_report
 }

@@ -83,6 +83,7 @@ train_stage 2 pretrain
 train_stage 3 supernet $(tr ' ' '\n' <<<"$more" | grep '^supernet_[^s]\|^supernet_s7' || true)
 train_stage 4 supernet_scratch offline streaming prune_after dual_dense \
   $(tr ' ' '\n' <<<"$more" | grep '^supernet_scratch\|^prune_after' || true)
+train_queued
 run_stage 5 extracted "$exp_root/extracted/.done" "$(phase_fingerprint extracted; dependencies extracted)" \
   extract supernet extracted
 if [ "$stop_stage" -ge 6 ]; then

@@ -96,15 +96,17 @@ if [ "$stop_stage" -ge 3 ]; then
     "--unlabelled-parts and run stages 0 and 1 again: --corpus librispeech --unlabelled-parts train-clean-360"
 fi
 train_stage 2 teacher base_streaming
+train_queued
 label_stage 3 teacher float16
 if is_asked 4 && [ -z "$(labels_ended teacher)" ]; then
   fail "the teacher's labels are not complete, or it was trained anew since: run stage 3 first"
 fi
 train_stage 4 $streaming $shifts $self
+train_queued
 label_stage 5 hard_self none
-train_stage 5 hard_self2
 label_stage 5 soft_self float16
-train_stage 5 soft_self2
+train_stage 5 hard_self2 soft_self2
+train_queued
 if [ "$stop_stage" -ge 6 ]; then
   decode_stage
   delay_stage
