@@ -185,7 +185,8 @@ class TestSideBySide:
 
     def test_when_one_fails_the_others_are_stopped_and_nothing_follows(self, shell):
         body = self.RUN + "of_plain() { until_told 'begin teacher OMP_NUM_THREADS=1'; return 3; }\n"
-        body += "of_teacher() { trap 'echo saved >>\"$exp_root/told\"; kill $child; exit 143' TERM; wait_for_it; }\n"
+        body += "saved() { echo saved >>$exp_root/told; kill $child; exit 143; }\n"
+        body += "of_teacher() { trap saved TERM; wait_for_it; }\n"
         output = shell(body + self.ALL, status=3)
         words = self.told(shell)
         assert "saved" in words and not [w for w in words if "student" in w or "late" in w or "end" in w]
@@ -194,7 +195,9 @@ class TestSideBySide:
 
     def test_a_signal_reaches_all(self, shell):
         body = self.RUN + "of_plain() { wait_for_it; }\nof_teacher() { wait_for_it; }\n"
-        body += "main=$$; (until_told 'begin plain OMP_NUM_THREADS=1'; until_told 'begin teacher OMP_NUM_THREADS=1'\n"
+        body += (
+            "main=$$; (for phase in plain teacher; do until_told 'begin '$phase' OMP_NUM_THREADS=1'; done\n"
+        )
         body += "kill -TERM $main) &\n"
         output = shell(body + self.ALL, status=143)
         for stage, phase in ((2, "teacher"), (4, "plain")):
