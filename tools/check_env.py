@@ -107,10 +107,10 @@ class Environment:
 
 
 def read_pins(path: Path) -> Dict[str, str]:
-    """{name: version} of a requirements file, packages built from source (#build:) included."""
+    """{name: version} of a requirements file, those that setup.sh handles by itself (#build:, #hashed:) included."""
     pins = {}
     for line in path.read_text(encoding="utf-8").splitlines():
-        match = re.match(r"^(?:#build: )?([A-Za-z0-9_.-]+)==(\S+)$", line.strip())
+        match = re.match(r"^(?:#(?:build|hashed): )?([A-Za-z0-9_.-]+)==(\S+)(?: --hash=\S+)*$", line.strip())
         if match:
             pins[match.group(1).lower().replace("_", "-")] = match.group(2)
     return pins

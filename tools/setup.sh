@@ -203,6 +203,24 @@ install_pins() {
     die "pip could not install $pins; mend what it says above and run tools/setup.sh --env $env_name again"
   fi
   rm -f "$venv/.installing"
+  sed -n 's/^#hashed: //p' "$pins" >"$venv/.hashed.txt"
+  if [ -s "$venv/.hashed.txt" ]; then install_hashed; fi
+}
+
+# Packages of which the index has several files that look alike to pip. What is there may be the wrong one, or half of it.
+install_hashed() {
+  local name names again=()
+  names=$(sed 's/==.*//' "$venv/.hashed.txt")
+  for name in $names; do
+    "$python" -c "import torch, $name" >/dev/null 2>&1 || again=(--force-reinstall)
+  done
+  logged "$python" -m pip install --disable-pip-version-check --no-input --no-deps --require-hashes \
+    ${again[@]+"${again[@]}"} -r "$venv/.hashed.txt" ||
+    die "pip could not install $names; mend what it says above and run tools/setup.sh --env $env_name again"
+  for name in $names; do
+    logged "$python" -c "import torch, $name" ||
+      die "$name was installed but does not import here; tools/setup.sh --env modern makes an environment without it"
+  done
 }
 
 # Builds $1 (name==version) from its source distribution unless the cache has its wheel, and installs it.

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+PINS = "tools/requirements-k2.txt"
 
 # Plays an interpreter: knows its version, makes environments that hold a copy of itself, and writes down what
 # pip is asked to do. Files in $FAKE tell it to be slow, or to fail.
@@ -19,6 +20,7 @@ case "$1 $2" in
   "-c "*ensurepip*) [[ $2 == *"!= '@VERSION@'"* ]] ;;
   "-c "*fcntl*) exec @REAL@ "$@" ;;
   "-c "*platform.machine*) echo py-torch@TORCH@-abi1-Linux-test ;;
+  "-c "*"import torch, k2"*) [ ! -e "$FAKE/k2-fails" ] || { echo "No module named _k2" >&2; exit 1; } ;;
   "-c "*) exit 0 ;;
   "-m venv")
     for target; do :; done
@@ -32,6 +34,10 @@ case "$1 $2" in
         while [ "$1" != -w ]; do shift; done
         touch "$2/fake.whl" ;;
       *--no-index*) echo "install wheel" >>"$FAKE/calls" ;;
+      *--require-hashes*)
+        [[ $* != *--force-reinstall* ]] || { echo "uninstall" >>"$FAKE/calls"; rm "$FAKE/k2-fails"; }
+        [ ! -e "$FAKE/k2-is-of-another-machine" ] || touch "$FAKE/k2-fails"
+        echo "install hashed" >>"$FAKE/calls" ;;
       *" -r "*)
         echo "install pins" >>"$FAKE/calls"
         [ ! -e "$FAKE/pip-fails" ] || { echo "no network" >&2; exit 1; }
@@ -114,7 +120,13 @@ def test_first_call_makes_the_environment_and_the_second_does_nothing(sandbox):
     sandbox.add_python("3.10")
     kaldifeat = pin("k2", "kaldifeat")
     sandbox.setup()
-    assert sandbox.calls() == ["venv", "install pins", f"wheel {kaldifeat}", "install wheel"]
+    assert sandbox.calls() == [
+        "venv",
+        "install pins",
+        "install hashed",
+        f"wheel {kaldifeat}",
+        "install wheel",
+    ]
     assert (sandbox.root / ".venv-default").read_text() == "k2\n"
     start = time.monotonic()
     assert sandbox.setup() == ""
@@ -130,7 +142,26 @@ def test_a_changed_pin_is_installed_into_the_same_environment(sandbox):
     pins = sandbox.root / "tools" / "requirements-k2.txt"
     pins.write_text(pins.read_text() + "another==1.0\n")
     sandbox.setup()
-    assert sandbox.calls() == ["install pins"]
+    assert sandbox.calls() == ["install pins", "install hashed"]
+
+
+def test_k2_is_chosen_by_its_hash_and_has_to_import(sandbox):
+    """Of one version there are wheels for five Pythons, all tagged for any."""
+    assert "k2" not in [line.partition("==")[0] for line in (ROOT / PINS).read_text().splitlines()]
+    sandbox.add_python("3.10")
+    (sandbox.fake / "k2-fails").touch()
+    sandbox.setup("--no-kaldifeat")
+    assert sandbox.calls() == ["venv", "install pins", "uninstall", "install hashed"]
+    wanted = (sandbox.root / ".venv/.hashed.txt").read_text().split()
+    assert wanted[0] == "k2==1.23.4" and wanted[1].startswith("--hash=sha256:") and len(wanted) == 2
+
+
+def test_a_k2_that_does_not_import_is_an_error(sandbox):
+    sandbox.add_python("3.10")
+    (sandbox.fake / "k2-is-of-another-machine").touch()
+    output = sandbox.setup("--no-kaldifeat", status=1)
+    assert "No module named _k2" in output and "k2 was installed but does not import here" in output
+    assert "--env modern" in output and not (sandbox.root / ".venv/.setup-stamp").exists()
 
 
 def test_wheels_are_kept_for_the_next_clone(sandbox, tmp_path):
@@ -139,7 +170,7 @@ def test_wheels_are_kept_for_the_next_clone(sandbox, tmp_path):
     sandbox.calls()
     shutil.rmtree(sandbox.root / ".venv")
     sandbox.setup()
-    assert sandbox.calls() == ["venv", "install pins", "install wheel"]
+    assert sandbox.calls() == ["venv", "install pins", "install hashed", "install wheel"]
 
 
 def test_a_killed_call_is_mended_by_the_next(sandbox):
@@ -152,7 +183,7 @@ def test_a_killed_call_is_mended_by_the_next(sandbox):
     (sandbox.fake / "pip-is-slow").unlink()
     sandbox.calls()
     assert "interrupted" in sandbox.setup("--no-kaldifeat")
-    assert sandbox.calls() == ["venv", "install pins"]
+    assert sandbox.calls() == ["venv", "install pins", "install hashed"]
     assert sandbox.setup("--no-kaldifeat") == ""
 
 
@@ -165,7 +196,7 @@ def test_two_calls_at_once_install_once(sandbox):
     assert first.wait(30) == 0
     assert "waiting" in second.communicate(timeout=30)[0]
     assert second.returncode == 0
-    assert sandbox.calls() == ["venv", "install pins"]
+    assert sandbox.calls() == ["venv", "install pins", "install hashed"]
 
 
 def test_pip_failing_is_an_error_that_names_the_log_and_is_mended_by_the_next_call(sandbox):
@@ -176,7 +207,7 @@ def test_pip_failing_is_an_error_that_names_the_log_and_is_mended_by_the_next_ca
     (sandbox.fake / "pip-fails").unlink()
     sandbox.calls()
     sandbox.setup("--no-kaldifeat")
-    assert sandbox.calls() == ["install pins"]
+    assert sandbox.calls() == ["install pins", "install hashed"]
 
 
 def test_a_failed_build_is_a_warning_and_is_tried_again_only_when_asked(sandbox):
@@ -195,7 +226,7 @@ def test_a_failed_build_is_a_warning_and_is_tried_again_only_when_asked(sandbox)
 def test_kaldifeat_stays_left_out_until_it_is_asked_for(sandbox):
     sandbox.add_python("3.10")
     sandbox.setup("--no-kaldifeat")
-    assert sandbox.calls() == ["venv", "install pins"]
+    assert sandbox.calls() == ["venv", "install pins", "install hashed"]
     assert sandbox.setup() == ""
     assert sandbox.calls() == []
     sandbox.setup("--retry-builds")
@@ -229,7 +260,7 @@ esac""",
     )
     output = sandbox.setup("--no-kaldifeat")
     assert str(python) in output and "uv python install 3.10" in output
-    assert sandbox.calls() == ["uv install 3.10", "venv", "install pins"]
+    assert sandbox.calls() == ["uv install 3.10", "venv", "install pins", "install hashed"]
     assert (sandbox.root / ".venv-default").read_text() == "k2\n"
 
 
