@@ -107,7 +107,7 @@ class Environment:
 
 
 def read_pins(path: Path) -> Dict[str, str]:
-    """{name: version} of a requirements file, those that setup.sh handles by itself (#build:, #hashed:) included."""
+    """{name: version} of a requirements file, also of what setup.sh handles by itself (#build:, #hashed:)."""
     pins = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         match = re.match(r"^(?:#(?:build|hashed): )?([A-Za-z0-9_.-]+)==(\S+)(?: --hash=\S+)*$", line.strip())
