@@ -349,6 +349,21 @@ def test_a_missing_backend_names_its_mend(monkeypatch):
     assert pruned_rnnt.resolve_backend("torch") == "torch"
 
 
+def test_auto_tells_of_a_backend_that_is_installed_and_broken(tmp_path, monkeypatch, caplog):
+    installed_only(monkeypatch, [], False)
+    monkeypatch.setattr(pruned_rnnt.importlib.util, "find_spec", lambda name: None)
+    assert pruned_rnnt.resolve_backend("auto") == "torch" and not caplog.records
+    (tmp_path / "k2").mkdir()
+    (tmp_path / "k2/__init__.py").write_text("import _k2_of_another_python\n")
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("k2", "_k2")]:
+        monkeypatch.delitem(sys.modules, name)
+    pruned_rnnt.resolve_backend("auto")
+    assert "going on without it: loss.backend is k2, which cannot be imported" in caplog.text
+    assert "_k2_of_another_python" in caplog.text and "check_env" in caplog.text
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_equals_cpu(backend):
     if backend != "torch" and not pruned_rnnt._has_cuda(pruned_rnnt._kernel(backend)):

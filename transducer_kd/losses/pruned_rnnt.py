@@ -13,6 +13,8 @@ module of the losses that imports k2 or fast_rnnt, and only when they are asked 
 """
 
 import importlib
+import importlib.util
+import logging
 from typing import Any, Optional, Tuple
 
 import torch
@@ -45,7 +47,10 @@ def resolve_backend(name: str = "auto") -> str:
     for candidate in MENDS:
         try:
             module = _kernel(candidate)
-        except UserError:
+        except UserError as e:
+            # What is installed is meant to be used: the wheel of another Python should not go unnoticed.
+            if importlib.util.find_spec(candidate):
+                logging.warning("going on without it: %s", e)
             continue
         if _has_cuda(module) or not torch.cuda.is_available():
             return candidate
