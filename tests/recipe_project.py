@@ -78,6 +78,13 @@ class Project:
         path = self.exp / "stages.jsonl"
         return [json.loads(line)["name"] for line in path.read_text().splitlines()] if path.exists() else []
 
+    def check_order(self, phases: list) -> None:
+        """`phases` were last trained, some side by side, each after what it began with and learnt from."""
+        ended = {name: number for number, name in enumerate(self.stages())}
+        for phase in phases:
+            for parent in set(self.origins(phase).values()) - {phase}:
+                assert ended[parent] < ended[phase], f"{phase} before {parent}"
+
     def origins(self, phase: str) -> dict:
         """What the phase began with and learnt from: {"init": folder, "teacher": folder}, names only."""
         found = json.loads((self.exp / phase / "meta.json").read_text())["origins"]

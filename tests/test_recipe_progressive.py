@@ -114,6 +114,7 @@ class TestWholeRun:
     def test_every_phase_is_trained_decoded_and_reported(self, smoke):
         stages = smoke.stages()
         assert sorted(stages[2 : 2 + len(TRAINED)]) == sorted(TRAINED) and stages[-1] == "report"
+        smoke.check_order(TRAINED)
         assert stages[2 + len(TRAINED) : -1] == [f"decode {phase}" for phase in TRAINED]
         for name in ("report.html", "RESULTS.md"):
             assert (smoke.exp / name).stat().st_size > 0, name

@@ -164,23 +164,14 @@ class TestSideBySide:
         assert words.index("begin late") > words.index("end plain")
         assert words.index("begin student") > words.index("end teacher")
         assert all(line.endswith("OMP_NUM_THREADS=1") for line in self.told(shell) if "begin" in line)
-        assert sorted(p.parent.name for p in shell.exp.glob("*/.done")) == [
-            "late",
-            "plain",
-            "student",
-            "teacher",
-        ]
-        assert (
-            "student: " in output
-            and "Stage 3: done in" in (shell.exp / "log/stage-3-student.log").read_text()
-        )
+        trained = {path.parent.name for path in shell.exp.glob("*/.done")}
+        assert trained == {"late", "plain", "student", "teacher"}
+        log = (shell.exp / "log/stage-3-student.log").read_text()
+        assert "student: " in output and "Stage 3: done in" in log
 
     def test_threads_that_the_user_asks_for_stay(self, shell):
-        shell(
-            "export OMP_NUM_THREADS=7 threads_are_given=1; "
-            + self.RUN.replace("THREADS=1", "THREADS=7")
-            + self.ALL
-        )
+        given = "export OMP_NUM_THREADS=7; threads_are_given=1\n"
+        shell(given + self.RUN.replace("THREADS=1", "THREADS=7") + self.ALL)
         assert all(line.endswith("OMP_NUM_THREADS=7") for line in self.told(shell) if "begin" in line)
 
     def test_when_one_fails_the_others_are_stopped_and_nothing_follows(self, shell):
@@ -196,9 +187,9 @@ class TestSideBySide:
     def test_a_signal_reaches_all(self, shell):
         body = self.RUN + "of_plain() { wait_for_it; }\nof_teacher() { wait_for_it; }\n"
         body += (
-            "main=$$; (for phase in plain teacher; do until_told 'begin '$phase' OMP_NUM_THREADS=1'; done\n"
+            'main=$$; both() { for phase in plain teacher; do until_told "begin $phase $THREADS"; done; }\n'
         )
-        body += "kill -TERM $main) &\n"
+        body += "THREADS=OMP_NUM_THREADS=1; (both; kill -TERM $main) &\n"
         output = shell(body + self.ALL, status=143)
         for stage, phase in ((2, "teacher"), (4, "plain")):
             assert output.count(f"ERROR stage {stage} ({phase}) was stopped (status 143)") == 1

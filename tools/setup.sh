@@ -193,14 +193,17 @@ make_venv() {
   "$base" -m venv --clear "$venv" || die "$base -m venv $venv failed; on Debian the package python3-venv is needed"
 }
 
+pip_install() { logged "$python" -m pip install --disable-pip-version-check --no-input "$@"; }
+pip_failed() { die "pip could not install $1; mend what it says above and run tools/setup.sh --env $env_name again"; }
+
 install_pins() {
   log "installing $(grep -c '==' "$pins") packages into $(basename "$venv") (a minute or two)"
   touch "$venv/.installing"
   rm -f "$venv/.setup-stamp"
-  if ! logged "$python" -m pip install --disable-pip-version-check --no-input -r "$pins"; then
+  if ! pip_install -r "$pins"; then
     # What failed before anything was written, without network for example, leaves the environment as it was.
     grep -q '^Installing collected packages' "$setup_log" || rm -f "$venv/.installing"
-    die "pip could not install $pins; mend what it says above and run tools/setup.sh --env $env_name again"
+    pip_failed "$pins"
   fi
   rm -f "$venv/.installing"
   sed -n 's/^#hashed: //p' "$pins" >"$venv/.hashed.txt"
@@ -214,9 +217,7 @@ install_hashed() {
   for name in $names; do
     "$python" -c "import torch, $name" >/dev/null 2>&1 || again=(--force-reinstall)
   done
-  logged "$python" -m pip install --disable-pip-version-check --no-input --no-deps --require-hashes \
-    ${again[@]+"${again[@]}"} -r "$venv/.hashed.txt" ||
-    die "pip could not install $names; mend what it says above and run tools/setup.sh --env $env_name again"
+  pip_install --no-deps --require-hashes ${again[@]+"${again[@]}"} -r "$venv/.hashed.txt" || pip_failed "$names"
   for name in $names; do
     logged "$python" -c "import torch, $name" ||
       die "$name was installed but does not import here; tools/setup.sh --env modern makes an environment without it"
@@ -258,8 +259,7 @@ print('py%d%d-torch%s-abi%d-%s-%s' % (*sys.version_info[:2], torch.__version__, 
     mv -T "$folder" "$cache" 2>/dev/null || rm -rf "$folder"
   fi
   touch "$venv/.installing"
-  logged "$python" -m pip install --disable-pip-version-check --no-input --no-index --no-deps --force-reinstall \
-    "$cache"/*.whl || return 1
+  pip_install --no-index --no-deps --force-reinstall "$cache"/*.whl || return 1
   rm -f "$venv/.installing"
   if ! logged "$python" -c "import torch, $name"; then
     log "$name was built but does not import"

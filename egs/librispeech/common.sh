@@ -220,14 +220,16 @@ activate_environment() {
 # Models of minutes have operations so small that two threads are hardly faster than one, and two processes are.
 set_threads() {
   cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
-  threads_are_given=1
-  if [ -z "${OMP_NUM_THREADS:-}" ]; then
-    threads_are_given=0
-    export OMP_NUM_THREADS=$((cores / nproc > 0 ? cores / nproc : 1))
-  fi
+  threads_are_given=$([ -n "${OMP_NUM_THREADS:-}" ] && echo 1 || echo 0)
+  share_cores "$nproc"
   if [ -z "$jobs" ]; then
     case $scale in smoke | mini) jobs=$((cores / nproc > 1 ? 2 : 1)) ;; *) jobs=1 ;; esac
   fi
+}
+
+# Threads of each of $1 processes, unless the user has said how many.
+share_cores() {
+  [ "$threads_are_given" = 1 ] || export OMP_NUM_THREADS=$((cores / $1 > 0 ? cores / $1 : 1))
 }
 
 # data_dir: data/<data id>. The id is the corpus's name; the synthetic corpus has other speech at scale smoke, so there

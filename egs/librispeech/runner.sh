@@ -2,9 +2,9 @@
 # them. Sourced by common.sh, which says what a recipe has to set.
 
 current_stage="" current_name="" stage_log="" child=""
-queue=()      # STAGE:PHASE, still to be trained
-running=()    # process ids of the trainings that run side by side
-is_beside=0   # 1 in those processes
+queue=()                 # STAGE:PHASE, still to be trained
+declare -A running=()    # process id -> phase of the trainings that run side by side
+is_beside=0              # 1 in those processes
 
 is_asked() { [ "$1" -ge "$stage" ] && [ "$1" -le "$stop_stage" ]; }
 
@@ -81,7 +81,7 @@ run() {
 on_signal() {
   local workers
   trap '' TERM HUP
-  trap 'kill_now' INT
+  trap kill_now INT
   stop_running
   if [ -n "$child" ]; then
     workers=$(pgrep -P "$child" 2>/dev/null || true)
@@ -94,7 +94,7 @@ on_signal() {
 
 kill_now() {
   local pid
-  for pid in $child ${running[@]+"${running[@]}"}; do
+  for pid in $child "${!running[@]}"; do
     pkill -KILL -P "$pid" 2>/dev/null || true
     kill -KILL "$pid" 2>/dev/null || true
   done
@@ -104,8 +104,8 @@ kill_now() {
 # Asks the trainings that run side by side to save what they have, and waits for them.
 stop_running() {
   local pid
-  for pid in ${running[@]+"${running[@]}"}; do kill -TERM "$pid" 2>/dev/null || true; done
-  for pid in ${running[@]+"${running[@]}"}; do wait "$pid" || true; done
+  for pid in "${!running[@]}"; do kill -TERM "$pid" 2>/dev/null || true; done
+  for pid in "${!running[@]}"; do wait "$pid" || true; done
 }
 
 on_exit() {
@@ -139,38 +139,45 @@ train_stage() {
 # Trains what is queued: one after the other, or up to $jobs at once, each as soon as nothing that it is made from is
 # queued before it or running. When one fails the others save what they have and stop.
 train_queued() {
-  local item phase left pid failed=0
-  local -A busy=() # process id -> phase
-  while [ "${#queue[@]}" -gt 0 ] || [ "${#busy[@]}" -gt 0 ]; do
+  local item phase left
+  while [ "${#queue[@]}" -gt 0 ] || [ "${#running[@]}" -gt 0 ]; do
     left=()
     for item in ${queue[@]+"${queue[@]}"}; do
       phase=${item#*:}
       if [ "$jobs" = 1 ]; then
         train_now "${item%%:*}" "$phase"
-      elif [ "${#busy[@]}" -lt "$jobs" ] && ! has_parent_in "$phase" "${left[*]-} ${busy[*]-}"; then
-        (
-          trap on_exit EXIT
-          trap on_signal INT TERM HUP
-          is_beside=1 running=() current_stage=""
-          [ "$threads_are_given" = 1 ] || export OMP_NUM_THREADS=$((cores / nproc / jobs > 0 ? cores / nproc / jobs : 1))
-          train_now "${item%%:*}" "$phase"
-        ) &
-        busy[$!]=$phase
+      elif [ "${#running[@]}" -lt "$jobs" ] && ! has_parent_in "$phase" "${left[*]-} ${running[*]-}"; then
+        train_beside "${item%%:*}" "$phase" &
+        running[$!]=$phase
       else
         left+=("$item")
       fi
     done
     queue=(${left[@]+"${left[@]}"})
-    [ "${#busy[@]}" -gt 0 ] || continue
-    running=("${!busy[@]}")
-    sleep 0.2 # wait -n does not say who has ended before bash 5.1
-    for pid in "${running[@]}"; do
-      kill -0 "$pid" 2>/dev/null && continue
-      unset "busy[$pid]"
-      wait "$pid" || { failed=$? running=("${!busy[@]}"); stop_running; exit "$failed"; }
-    done
-    running=("${!busy[@]}")
+    [ "${#running[@]}" = 0 ] || look_after_running
   done
+}
+# Waits a moment; takes those that have ended out of `running`.
+look_after_running() {
+  local pid
+  sleep 0.2 # wait -n does not say who has ended before bash 5.1
+  for pid in "${!running[@]}"; do
+    kill -0 "$pid" 2>/dev/null && continue
+    unset "running[$pid]"
+    wait "$pid" || stop_with "$?"
+  done
+}
+stop_with() {
+  stop_running
+  exit "$1"
+}
+# train_now in a process of its own.
+train_beside() {
+  trap on_exit EXIT
+  trap on_signal INT TERM HUP
+  is_beside=1 running=() current_stage=""
+  share_cores "$((nproc * jobs))"
+  train_now "$@"
 }
 train_now() {
   run_stage "$1" "$2" "$exp_root/$2/.done" "$(phase_fingerprint "$2"; dependencies "$2")" train "$2"
