@@ -3,10 +3,11 @@
 
   local/measure_speed.py --exp-dir EXP/streaming EXP/supernet EXP/extracted --use-averaged-model
 
-Float32 in PyTorch on the CPU: whole utterances with full context and, where a phase has a chunk size, chunk
-by chunk with caches. The phases take turns, and a time is the median over their turns. Features are random,
-which makes no difference to the time. A supernet computes with what it leaves out when it streams, which is
-0, so it is no faster than a dense model; what local/compress.py --extract makes of it shows what is saved.
+Float32 on the CPU, traced and frozen by TorchScript: whole utterances with full context and, where a phase
+has a chunk size, chunk by chunk with caches. The phases take turns; a time is the median over their turns.
+Features are random, which makes no difference to the time. A supernet computes with what it leaves out when
+it streams, which is 0, so it is no faster than a dense model; what local/compress.py --extract makes of it
+shows what is saved.
 
 Writes <exp-dir>/speed.json of each phase, and prints a table. Real-time factor (RTF): seconds for a second of
 audio.
@@ -61,7 +62,12 @@ def main() -> int:
         for exp_dir in args.exp_dir
     }
     found = speed.measure(
-        {exp_dir: encoders_of(own) for exp_dir, own in loaded.items()}, args.audio_s, args.repeats
+        {
+            exp_dir: {mode: speed.FrozenEncoder(encoder) for mode, encoder in encoders_of(own).items()}
+            for exp_dir, own in loaded.items()
+        },
+        args.audio_s,
+        args.repeats,
     )
     about = {
         "reference": args.exp_dir[0].resolve().name,

@@ -11,10 +11,12 @@ import torch
 
 from transducer_kd import build
 from transducer_kd.compress import size
-from transducer_kd.config import PhaseConfig, to_dict
+from transducer_kd.config import EncoderConfig, PhaseConfig, to_dict
 from transducer_kd.data.tokenizer import train_bpe
 from transducer_kd.decode import evaluate, speed
+from transducer_kd.decode.streaming import chunks
 from transducer_kd.log import UserError
+from transducer_kd.models.conformer import Conformer
 from transducer_kd.models.transducer import Transducer
 from transducer_kd.train.checkpoint import save_checkpoint
 
@@ -230,6 +232,25 @@ def test_what_the_reference_has_no_mode_for_has_no_ratio():
     assert speed.table(found).splitlines()[2].split()[-1] == "-"
 
 
+def test_a_frozen_encoder_computes_what_the_encoder_does():
+    torch.manual_seed(0)
+    cfg = EncoderConfig(
+        num_layers=2, encoder_dim=32, num_heads=2, feedforward_dim=32, cnn_module_kernel=5, chunk_size=4,
+        left_context=8,
+    )  # fmt: skip
+    encoder = Conformer(cfg).eval()
+    frozen = speed.FrozenEncoder(encoder)
+    for frames in (83, 60, 83):  # the last chunk is not full
+        x, lens = torch.randn(1, frames, 80), torch.tensor([frames])
+        with torch.inference_mode():
+            torch.testing.assert_close(frozen(x, lens, 0), encoder(x, lens, 0))
+            states = [e.streaming_init(1, x.device) for e in (encoder, frozen)]
+            for chunk, chunk_lens in chunks(x, lens, cfg.chunk_size):
+                *expected, states[0] = encoder.streaming_forward(chunk, chunk_lens, states[0])
+                *found, states[1] = frozen.streaming_forward(chunk, chunk_lens, states[1])
+                torch.testing.assert_close([*found, *states[1]], [*expected, *states[0]])
+
+
 def test_speeds_of_phases_are_written_beside_them(run, folder, capsys, monkeypatch):
     encoders = {}
     real = speed.measure
@@ -251,7 +272,7 @@ def test_speeds_of_phases_are_written_beside_them(run, folder, capsys, monkeypat
         assert streaming["times_faster"] == pytest.approx(reference / streaming["rtf"])
         assert f"{streaming['rtf']:.5f}" in shown
     own = encoders[folder / "unit"]
-    hidden = {mode: encoder.layers[0].ff1.hidden.weight for mode, encoder in own.items()}
+    hidden = {mode: encoder.encoder.layers[0].ff1.hidden.weight for mode, encoder in own.items()}
     assert (hidden["streaming"][1::2] == 0).all() and (hidden["offline"] != 0).all()
     with pytest.raises(UserError, match="no experiment folder .*/nothing"):
         run("measure_speed", "dense nothing")
