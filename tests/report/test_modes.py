@@ -118,11 +118,19 @@ def test_every_phase_says_what_it_is_and_nothing_is_missed_that_cannot_be(root):
     assert not alone["is_extracted"] and alone["what"] == "4 layers selected of net"
 
 
-def test_phases_with_a_part_of_the_speech_say_so(root):
+@pytest.mark.parametrize(
+    "section, value, told",
+    [
+        ("data", {"train_share": 0.25}, "25 % of the speech"),
+        ("distill", {"weight": 1.0, "frame_shift": 0}, "in-place distillation"),
+        ("distill", {"weight": 1.0, "frame_shift": 2}, "in-place distillation with frame shift 2"),
+    ],
+)
+def test_phases_say_what_is_special_of_them(root, section, value, told):
     config = json.loads((root / "both" / "config.json").read_text())
-    (root / "both" / "config.json").write_text(json.dumps({**config, "data": {"train_share": 0.25}}))
+    (root / "both" / "config.json").write_text(json.dumps({**config, section: value}))
     what = {p["name"]: p["what"] for p in collect.collect(root)["phases"]}
-    assert what["both"] == "transducer in both modes, 25 % of the speech"
+    assert what["both"] == f"transducer in both modes, {told}"
 
 
 def test_systems_have_the_size_speed_and_delay_of_their_mode(root):

@@ -237,7 +237,7 @@ def _what(phase: Phase, begun: Optional[Phase]) -> str:
         if phase["is_selected"]:
             count = _section(_section(phase["config"], "model"), "encoder").get("num_layers", "some")
             learns = f"{count} layers selected of {init}"
-    learns += _left_out(phase)
+    learns += _left_out(phase) + _taught_in_place(phase)
     if targets(phase):
         shift = _section(phase["config"], "distill").get("frame_shift")
         learns += f", {targets(phase)} targets of {phase['labelled_by'] or 'another model'}"
@@ -254,6 +254,15 @@ def _left_out(phase: Phase) -> str:
     share = _section(phase["config"], "data").get("train_share", 1)
     told = f", {100 * sparsity:g} % of {groups} left out" if groups and sparsity else ""
     return told + (f", {100 * share:g} % of the speech" if share < 1 else "")
+
+
+def _taught_in_place(phase: Phase) -> str:
+    """Where the streaming mode learns from what the offline mode says of the same batch."""
+    distill = _section(phase["config"], "distill")
+    if not has_two_modes(phase) or not distill.get("weight"):
+        return ""
+    shift = distill.get("frame_shift")
+    return ", in-place distillation" + (f" with frame shift {shift}" if shift else "")
 
 
 def _named(phases: List[Phase]) -> Set[str]:
