@@ -48,6 +48,12 @@ class TestConfigurations:
         assert len({phases[name].train.max_steps for name in phases if name.startswith("prune_after")}) == 1
         assert len({phases[name].train.max_steps for name in QUARTER}) == 1
 
+    def test_in_every_phase_of_two_modes_the_offline_mode_teaches_alike(self, phases):
+        taught = {name: c.distill for name, c in phases.items() if c.objective == "dual_mode"}
+        assert set(taught) >= {*BOTH_MODES, *QUARTER} and taught["supernet"].weight > 0
+        assert all(distill == taught["supernet"] for distill in taught.values())
+        assert all(c.distill.weight == 0 for name, c in phases.items() if name not in taught)
+
     def test_masks_are_fixed_well_before_the_end(self, phases):
         for name, config in phases.items():
             pruning = config.pruning
