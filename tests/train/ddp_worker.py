@@ -4,8 +4,10 @@ Run with torchrun's environment variables, a folder and the name of an objective
 there.
 """
 
+import contextlib
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -13,10 +15,13 @@ from transducer_kd.compress.pruning import Pruner
 from transducer_kd.config import SpecAugmentConfig, load_config
 from transducer_kd.data.batch import collate
 from transducer_kd.models.frozen import Frozen
+from transducer_kd.models.masks import valid_mask
 from transducer_kd.models.spec_augment import SpecAugment
 from transducer_kd.models.subsampling import subsampled_lens
 from transducer_kd.models.supernet import Supernet
 from transducer_kd.models.transducer import Transducer
+from transducer_kd.models.wav2vec2 import Wav2Vec2
+from transducer_kd.objectives import wav2vec2
 from transducer_kd.objectives.distill import DistillObjective
 from transducer_kd.objectives.dual_mode import DualModeObjective
 from transducer_kd.objectives.transducer import TransducerObjective
@@ -40,6 +45,10 @@ LAS = (
     "model.las.enabled=true model.las.decoder_dim=8 model.las.attention_dim=8 model.las.num_heads=2 "
     "model.las.dropout=0 two_pass.las_kd_weight=0.4 teacher.kind=exp_dir"
 ).split()
+SUPERNET = (
+    "model.encoder.chunk_size=4 model.pruned_groups=unit pruning.sparsity=0.5 pruning.begin_step=1 "
+    "pruning.num_steps=1 pruning.refresh_every=1"
+).split()
 OBJECTIVES = {
     "transducer": [],
     "las": ["objective=las", *LAS],
@@ -50,12 +59,16 @@ OBJECTIVES = {
         "distill.stored=true teacher.kind=exp_dir loss.pseudo_weight=0"
     ).split(),
     # Two passes of each batch, and masks, which gloo cannot send and each process chooses anew after updates.
-    "dual_mode": (
-        "objective=dual_mode model.encoder.chunk_size=4 model.pruned_groups=unit distill.weight=1 "
-        "pruning.sparsity=0.5 pruning.begin_step=1 pruning.num_steps=1 pruning.refresh_every=1"
-    ).split(),
+    "dual_mode": ["objective=dual_mode", "distill.weight=1", *SUPERNET],
+    # The diversity loss is of the mean of a batch, so that it depends on how batches are shared out.
+    "wav2vec2": (
+        "objective=wav2vec2 spec_augment.enabled=false loss.ctc_weight=0 wav2vec2.diversity_weight=0 "
+        "wav2vec2.num_entries=8 wav2vec2.codebook_dim=8 wav2vec2.projection_dim=8 wav2vec2.num_distractors=5"
+    ).split()
+    + SUPERNET,
 }
 
+HAVE_MASKS = ("dual_mode", "wav2vec2")
 KEPT = {"ff1": [[True, False] * 6], "ff2": [[False, True, True] * 4], "heads": [[True, False]]}
 
 
@@ -64,12 +77,16 @@ def build_objective(name, config):
     torch.manual_seed(99)
     teacher = Frozen(Transducer(config.model, VOCAB))
     torch.manual_seed(ddp.rank())
-    model_class = Supernet if name == "dual_mode" else Transducer
-    model = model_class(config.model, VOCAB, with_ctc=True)
+    is_supernet = name in HAVE_MASKS
+    model = (Supernet if is_supernet else Transducer)(config.model, VOCAB, with_ctc=name != "wav2vec2")
     augment = SpecAugment(SpecAugmentConfig(enabled=False))
-    if name == "dual_mode":
+    if is_supernet:
         model.masks.assign({part: torch.tensor(kept) for part, kept in KEPT.items()})
-        objective = DualModeObjective(model, config.loss, augment, config.distill)
+        if name == "wav2vec2":
+            model = Wav2Vec2(model, config.wav2vec2)
+            objective = wav2vec2.Wav2Vec2Objective(model, config.wav2vec2, config.train.max_steps)
+        else:
+            objective = DualModeObjective(model, config.loss, augment, config.distill)
         objective.pruner = Pruner(model, config.pruning)
         return objective
     if name == "las":
@@ -81,6 +98,25 @@ def build_objective(name, config):
     if name == "distill":
         return DistillObjective(model, config.loss, augment, config.distill, teacher)
     return TransducerObjective(model, config.loss, augment)
+
+
+@contextlib.contextmanager
+def without_chance():
+    """What pretraining draws would differ in other batches: every third frame is hidden, the next ones are
+    its distractors, and the likeliest code is taken.
+    """
+
+    def hide_thirds(lens, num_frames, *_):
+        return valid_mask(lens, num_frames) & (torch.arange(num_frames) % 3 == 0)
+
+    def take_next(lens, num_distractors, *_):
+        frame = torch.arange(int(lens.max()))[:, None] + 1 + torch.arange(num_distractors)
+        return frame % lens[:, None, None]
+
+    patched = {"span_mask": hide_thirds, "sample_distractors": take_next}
+    no_noise = mock.patch.object(torch, "rand_like", lambda x: torch.full_like(x, 0.5))
+    with mock.patch.multiple(wav2vec2, **patched), no_noise:
+        yield
 
 
 def make_batch(number, first, last):
@@ -143,14 +179,15 @@ def train(exp_dir, name):
         save_checkpoint(path, content)
 
     checkpoint.save_checkpoint = counted
-    trainer.run()
+    with without_chance():
+        trainer.run()
     return {
         "saved": saved,
         "gradients": trainer.gradients,
         "dropped": trainer.dropped,
         "audio_s": trainer.progress.audio_s,
         "sums": ddp.all_reduce_sum([1.0 + ddp.rank(), 10.0]),
-        "masks": objective.model.masks.kept() if name == "dual_mode" else {},
+        "masks": objective.model.masks.kept() if name in HAVE_MASKS else {},
     }
 
 

@@ -49,11 +49,15 @@ def run_two_processes(folder, objective):
     return [torch.load(folder / f"gradients-{rank}.pt") for rank in range(2)]
 
 
+OF_A_BATCH = ("perplexity_0", "perplexity_1", "diversity_loss")  # and no sum over its utterances
+
+
 def means_logged(exp_dir):
     """What the last line of training says, without the times."""
     lines = [json.loads(line) for line in (exp_dir / "train_log.jsonl").read_text().splitlines()]
     (line,) = [line for line in lines if line.pop("kind") == "train"]
-    return {name: value for name, value in line.items() if name not in ("audio_s_per_s", "elapsed_s")}
+    others = ("audio_s_per_s", "elapsed_s", *OF_A_BATCH)
+    return {name: value for name, value in line.items() if name not in others}
 
 
 @pytest.mark.parametrize("objective", ddp_worker.OBJECTIVES)
@@ -80,7 +84,8 @@ def test_two_processes_give_the_gradients_of_one(tmp_path, objective):
                 scale = expected[name].abs().max().item()
                 torch.testing.assert_close(got[name], expected[name], atol=1e-5 * scale + 1e-7, rtol=1e-3)
     logged, expected = (means_logged(tmp_path / name) for name in ("exp", "alone"))
-    assert logged == pytest.approx(expected, rel=1e-4)
+    # Of pretraining they are ratios of each batch, and so not quite the same when it is shared out.
+    assert logged == pytest.approx(expected, rel=0.01 if objective == "wav2vec2" else 1e-4)
     if objective == "distill":
         assert 0 < logged["kd_share"] < 1 and logged["kd_loss"] > 0
     saved = torch.load(tmp_path / "exp" / "epoch-1.pt")
