@@ -67,6 +67,25 @@ def fix_masks(monkeypatch, every=3):
 # ---------------------------------------------------------------- passes
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("1."), reason="a conformer in bfloat16 on a CPU needs torch 2"
+)
+def test_autocast_loses_no_gradient(objective, batch):
+    """Eval draws nothing, so that both hear the same; the frames that are compared are those of float32."""
+    objective, found = objective(pruned=True).eval(), []
+    for enabled in (False, True):
+        objective.zero_grad()
+        for number in range(2):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                loss = objective(batch, 7, number).loss_sum
+            assert loss.dtype == torch.float32
+            loss.backward()
+        found.append({name: p.grad.clone() for name, p in objective.model.named_parameters()})
+    for name, expected in found[0].items():
+        similarity = torch.cosine_similarity(found[1][name].flatten(), expected.flatten(), dim=0)
+        assert similarity > 0.8, (name, similarity)
+
+
 @pytest.mark.parametrize("pruned", [False, True])
 def test_two_backwards_give_the_gradient_of_the_sum(objective, batch, gradients, monkeypatch, pruned):
     """Two batches, as where gradients are accumulated, each with its own random draws."""
