@@ -213,6 +213,10 @@ DISTILL = ["objective=distill", "distill.weight=1"]
             ["objective=las", *LAS, "distill.utterances=pseudo"],
             r"distill\.utterances=pseudo is for objective distill, not las",
         ),
+        (
+            [*DISTILL, *TEACHER, "distill.begin_step=9"],
+            r"distill\.begin_step is for objective dual_mode, .*distill",
+        ),
     ],
 )
 def test_objectives_use_what_is_asked_for(overrides, message):

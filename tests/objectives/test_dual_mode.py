@@ -132,6 +132,20 @@ def test_streaming_learns_from_the_full_context_pass_without_a_gradient_to_it(mo
         assert torch.allclose(found[1][name] - found[0][name], gradient, atol=1e-3), name
 
 
+def test_the_full_context_pass_teaches_from_an_update_on(model, batch):
+    objective, plain = dual(model, 2.0, begin_step=5).train(), dual(model).train()
+
+    def streaming_pass(objective, step):
+        objective(batch, step, 0)
+        return objective(batch, step, 1)
+
+    expected = streaming_pass(plain, 4)
+    for step, has_begun in ((4, False), (5, True)):
+        output = streaming_pass(objective, step)
+        assert (output.metrics["kd_loss_streaming"] > 0) == has_begun
+        assert torch.equal(output.losses, expected.losses) != has_begun
+
+
 def test_pruning_by_the_full_context_pass_takes_its_occupancies(model, batch):
     objective = dual(model, 1.0, ranges_from="teacher").train()
     with torch.no_grad():

@@ -5,7 +5,8 @@
 In a supernet the streaming pass has the masked weights m theta; without masks both modes are dense. gamma is
 distill.weight, for which no teacher is loaded: the streaming pass learns from what the full-context pass of
 the same batch has just said, without a gradient to it. That pass trains, so this teacher hears the augmented
-features and has dropout, unlike one in a folder of its own: a clean pass would be a third one.
+features and has dropout, unlike one in a folder of its own: a clean pass would be a third one. And it begins
+as ignorant as its student, which is why it may begin to teach later (distill.begin_step).
 
 The passes share the features, their subsampling and the decoder's output, and each has its backward before
 the next begins.
@@ -66,7 +67,8 @@ class DualModeObjective(DistillObjective):
             done = self.lattice_pass(encoder_out, lens, decoder_out, batch, self._guide(taught, batch))
             losses, terms = self.transducer_loss(done, batch, step)
             if self.distill.weight > 0:
-                terms["kd_loss"] = self.lattice_kd(done, taught, batch)
+                has_begun = step >= self.distill.begin_step
+                terms["kd_loss"] = self.lattice_kd(done, taught if has_begun else None, batch)
                 losses = losses + self.distill.weight * terms["kd_loss"]
         return LossOutput.of_terms(losses, lens, _named(terms, MODES[number]))
 
