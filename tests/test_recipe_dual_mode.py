@@ -1,5 +1,6 @@
 """Recipe dual_mode: what its configurations promise, and a run at scale smoke."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -51,7 +52,11 @@ class TestConfigurations:
     def test_in_every_phase_of_two_modes_the_offline_mode_teaches_alike(self, phases):
         taught = {name: c.distill for name, c in phases.items() if c.objective == "dual_mode"}
         assert set(taught) >= {*BOTH_MODES, *QUARTER} and taught["supernet"].weight > 0
-        assert all(distill == taught["supernet"] for distill in taught.values())
+        for name, distill in taught.items():
+            assert 3 * distill.begin_step == phases[name].train.max_steps, name
+            assert dataclasses.replace(distill, begin_step=0) == dataclasses.replace(
+                taught["supernet"], begin_step=0
+            )
         assert all(c.distill.weight == 0 for name, c in phases.items() if name not in taught)
 
     def test_masks_are_fixed_well_before_the_end(self, phases):
