@@ -72,6 +72,7 @@ def main() -> int:
     about = {
         "reference": args.exp_dir[0].resolve().name,
         "num_threads": args.num_threads,
+        "runtime": speed.RUNTIME,
         "repeats": args.repeats,
         "audio_s": args.audio_s,
         "torch": torch.__version__,

@@ -106,6 +106,13 @@ def test_sparsity_to_begin_with_needs_masks_to_begin_with(tokenizer):
         built(tokenizer, "objective=dual_mode", *UNITS, "pruning.initial_sparsity=0.5")
 
 
+@pytest.mark.parametrize("groups, found", [(UNITS, "0.10"), (BLOCKS, "0.00")])
+def test_sparsity_to_begin_with_is_that_of_the_masks(tokenizer, pretrained, groups, found):
+    begun = ["objective=dual_mode", f"init.exp_dir={pretrained[0]}", *groups]
+    with pytest.raises(UserError, match=rf"initial_sparsity=0\.5, but the masks of .* leave {found} "):
+        built(tokenizer, *begun, "pruning.initial_sparsity=0.5")
+
+
 def test_masks_of_other_groups_begin_fresh(tokenizer, pretrained):
     _, objective, _ = built(tokenizer, "objective=dual_mode", f"init.exp_dir={pretrained[0]}", *BLOCKS)
     assert objective.model.masks.sparsity() == 0.0

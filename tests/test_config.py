@@ -214,6 +214,13 @@ DISTILL = ["objective=distill", "distill.weight=1"]
             r"distill\.utterances=pseudo is for objective distill, not las",
         ),
         (
+            [
+                *"objective=dual_mode model.encoder.chunk_size=4 distill.weight=1".split(),
+                *"distill.begin_step=9 train.max_steps=9".split(),
+            ],
+            r"distill\.begin_step=9 is after the last update, train\.max_steps=9",
+        ),  # fmt: skip
+        (
             [*DISTILL, *TEACHER, "distill.begin_step=9"],
             r"distill\.begin_step is for objective dual_mode, .*distill",
         ),

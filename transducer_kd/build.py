@@ -35,6 +35,8 @@ from transducer_kd.train import checkpoint as ckpt
 from transducer_kd.train import faults
 from transducer_kd.train.trainer import Validation
 
+_SPARSITY_ROUNDING = 0.1  # of a few heads not just any share can be left out
+
 
 @dataclass
 class LoadedModel:
@@ -87,6 +89,8 @@ def build_objective(
         )
     if config.init.exp_dir:
         origins["init"] = _start_from(model, config.init, tokenizer, config.objective)
+        if config.pruning.initial_sparsity > 0:
+            _check_initial_sparsity(model.masks.sparsity(), config)
     teacher = None
     if config.teacher.kind != "none":
         teacher, origins["teacher"] = build_teacher(config.teacher, tokenizer)
@@ -202,6 +206,16 @@ def _check_labels(
 def _require(value: str, key: str, what: str) -> None:
     if not value:
         raise UserError(f"{key} is not set; pass --set {key}=... ({what})")
+
+
+def _check_initial_sparsity(sparsity: float, config: cfg.PhaseConfig) -> None:
+    """sparsity: share of the weights that the first masks leave out."""
+    if abs(sparsity - config.pruning.initial_sparsity) > _SPARSITY_ROUNDING:
+        raise UserError(
+            f"pruning.initial_sparsity={config.pruning.initial_sparsity}, but the masks of init.exp_dir="
+            f"{config.init.exp_dir} leave {sparsity:.2f} of the weights out, and would jump at their first "
+            "choice; set it to what they have, which is 0 where that phase has no masks, or of other groups"
+        )
 
 
 def _start_from(model: Any, init: cfg.InitConfig, tokenizer: Tokenizer, objective: str) -> Dict[str, Any]:

@@ -97,6 +97,7 @@ def check_values(config: Any, origin: str) -> None:
     _check_objective(config, origin)
     _check_pseudo_labels(config, origin)
     _check_pruning(config, origin)
+    _check_codebooks(config.wav2vec2, origin)
     _check_encoder(config.model.encoder, origin)
     las = config.model.las
     if las.attention_dim % las.num_heads:
@@ -126,6 +127,12 @@ def _check_objective(config: Any, origin: str) -> None:
         raise UserError(
             f"{origin}: distill.begin_step is for objective dual_mode, whose teacher is not trained yet, not "
             f"{name}"
+        )
+    if kd and config.distill.begin_step >= config.train.max_steps:
+        raise UserError(
+            f"{origin}: distill.begin_step={config.distill.begin_step} is after the last update, "
+            f"train.max_steps={config.train.max_steps}: nothing would be distilled; lower it, or set "
+            "distill.weight=0"
         )
     if las_kd and not uses_las:
         raise UserError(
@@ -179,7 +186,7 @@ def _check_pseudo_labels(config: Any, origin: str) -> None:
 
 
 def _check_pruning(config: Any, origin: str) -> None:
-    """Two modes need a chunk size, masks need groups, codebooks need equal widths."""
+    """Two modes need a chunk size, masks need groups."""
     encoder, groups = config.model.encoder, config.model.pruned_groups
     if config.objective == "dual_mode" and not encoder.chunk_size:
         raise UserError(f"{origin}: objective=dual_mode needs model.encoder.chunk_size, its streaming mode's")
@@ -206,7 +213,10 @@ def _check_pruning(config: Any, origin: str) -> None:
             f"{origin}: pruning.initial_sparsity={pruning.initial_sparsity} must not be above "
             f"pruning.sparsity={pruning.sparsity}"
         )
-    codes = config.wav2vec2
+
+
+def _check_codebooks(codes: Any, origin: str) -> None:
+    """codes: section wav2vec2."""
     if codes.num_entries**codes.num_codebooks >= 2**62:
         raise UserError(
             f"{origin}: wav2vec2.num_entries={codes.num_entries} and num_codebooks={codes.num_codebooks} "

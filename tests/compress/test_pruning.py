@@ -182,6 +182,14 @@ def test_masks_taken_over_are_chosen_anew_at_the_first_step_of_the_schedule(make
     assert [int(mask["ff1"][0].sum()) for mask in masks] == [12, 12, 12, 12, 6, 6]
 
 
+def test_masks_taken_over_stay_until_the_first_refresh_of_a_schedule_that_begins_at_once(make_supernet):
+    supernet = make_supernet("unit")
+    supernet.masks.assign(choose_masks(supernet, 0.5))
+    cfg = PruningConfig(sparsity=0.75, initial_sparsity=0.5, begin_step=0, num_steps=4, refresh_every=2)
+    said, _ = walk(supernet, Pruner(supernet, cfg), 6)
+    assert list(said) == [2, 4]
+
+
 def test_what_was_left_out_can_return(make_supernet):
     supernet = make_supernet("unit")
     pruner = Pruner(supernet, PruningConfig(0.5, 0.5, begin_step=1, num_steps=10, refresh_every=1))

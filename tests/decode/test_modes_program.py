@@ -264,6 +264,7 @@ def test_speeds_of_phases_are_written_beside_them(run, folder, capsys, monkeypat
         )  # fmt: skip
         assert (found["num_threads"], found["repeats"], found["audio_s"]) == (1, 1, 1)
         assert found["torch"] == torch.__version__ and "--audio-s 1" in found["command"] and found["commit"]
+        assert found["runtime"] == "TorchScript, frozen"
         assert list(found["modes"]) == ["streaming", "offline"]
         streaming, offline = found["modes"].values()
         assert streaming["rtf"] > 0 and streaming["chunk_ms_p95"] >= streaming["chunk_ms_median"] > 0

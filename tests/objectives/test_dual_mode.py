@@ -144,22 +144,28 @@ def test_the_full_context_pass_teaches_from_an_update_on(model, batch):
         output = streaming_pass(objective, step)
         assert (output.metrics["kd_loss_streaming"] > 0) == has_begun
         assert torch.equal(output.losses, expected.losses) != has_begun
-
-
-def test_pruning_by_the_full_context_pass_takes_its_occupancies(model, batch):
-    objective = dual(model, 1.0, ranges_from="teacher").train()
+    # One loss for all validations, so that they can be compared.
+    objective.eval()
     with torch.no_grad():
-        objective(batch, 0, 0)
-        occupancies = objective._occupancies
-        taught = objective._taught
-        lens = objective.model.encode(batch.features, batch.feature_lens, 0)[1]
-        boundary = pruned_rnnt.make_boundary(batch.y_lens, lens)
-        alone = objective.transducer_pass(batch.features, batch, chunk_size=0)
-        guided = objective.lattice_pass(
-            taught.encoder_out, lens, taught.decoder_out, batch, objective._guide(taught, batch)
-        )
-    assert torch.equal(guided.ranges, pruned_rnnt.prune_ranges(*occupancies, boundary, LOSS.s_range))
-    assert torch.equal(guided.ranges, alone.ranges)
+        losses = [streaming_pass(objective, step) for step in (4, 5)]
+    assert torch.equal(losses[0].losses, losses[1].losses)
+
+
+def test_the_streaming_pass_may_be_pruned_by_the_full_context_pass(model, batch, monkeypatch):
+    """From begin_step on; what is drawn is pruned so, too."""
+    objective = dual(model, 1.0, ranges_from="teacher", begin_step=1).train()
+    seen = []
+    real = objective.lattice_pass
+    monkeypatch.setattr(objective, "lattice_pass", lambda *args: seen.append(real(*args)) or seen[-1])
+    with torch.no_grad():
+        for step in (0, 1):
+            for number in range(2):
+                objective(batch, step, number)
+        full, alone, _, guided = (done.ranges for done in seen)
+        drawn = objective.clean_pass(batch).ranges
+    assert not torch.equal(alone, full)
+    assert torch.equal(guided, full) and torch.equal(drawn, full)
+    assert objective._occupancies is None and objective._taught is None
 
 
 def test_one_mode_is_the_encoder_without_chunks(make_model, batch):

@@ -123,7 +123,11 @@ def test_every_phase_says_what_it_is_and_nothing_is_missed_that_cannot_be(root):
     [
         ("data", {"train_share": 0.25}, "25 % of the speech"),
         ("distill", {"weight": 1.0, "frame_shift": 0}, "in-place distillation"),
-        ("distill", {"weight": 1.0, "frame_shift": 2}, "in-place distillation with frame shift 2"),
+        (
+            "distill",
+            {"weight": 1.0, "frame_shift": 2, "begin_step": 2000},
+            "in-place distillation from update 2,000 on, frame shift 2",
+        ),
     ],
 )
 def test_phases_say_what_is_special_of_them(root, section, value, told):

@@ -79,8 +79,9 @@ class Pruner:
     def __call__(self, step: int) -> Dict[str, float]:
         """To be called after every update, `step` of them -> what it did for TensorBoard, {} if nothing.
 
-        Masks are chosen anew at begin_step, every refresh_every updates after it, and for the last time at
-        begin_step + num_steps. kept_overlap: share of the groups kept now that were kept before.
+        Masks are chosen anew after update begin_step (if that is 0, they stay as they are), every
+        refresh_every updates after it, and for the last time after begin_step + num_steps. kept_overlap:
+        share of the groups kept now that were kept before.
         """
         if not self._is_due(step):
             return {}

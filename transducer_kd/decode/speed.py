@@ -1,8 +1,10 @@
 """How fast encoders are, streaming and on whole utterances.
 
 The encoders take turns, and a time is the median over turns: what else the machine does slows one of them no
-more than another. How long an encoder takes does not depend on what it hears, so it hears random features,
-one utterance at a time. Shapes: N streams, T feature frames, C mel bins, T' encoder frames, D channels.
+more than another. How long an encoder takes does not depend on what it is given, so it is given random
+features, one utterance at a time.
+
+Shapes: N streams, T feature frames, C mel bins, T' encoder frames, D channels.
 """
 
 import dataclasses
@@ -22,6 +24,7 @@ from transducer_kd.models.conformer import Conformer, StreamingState
 from transducer_kd.models.subsampling import subsampled_lens
 
 Clock = Callable[[], float]  # seconds
+RUNTIME = "TorchScript, frozen"
 _SEED = 0
 _RUNS_UNTIL_OPTIMISED = 3  # TorchScript watches a graph's first runs, and then compiles it
 
@@ -97,7 +100,8 @@ def measure(
     clock: Clock = time.perf_counter,
 ) -> Dict[Any, Dict[str, Timing]]:
     """encoders: {whose: {"streaming" | "offline": Conformer or FrozenEncoder, which streams in chunks of its
-    cfg.chunk_size}}, the reference first. Each hears `audio_s` seconds `repeats` times, and once before that.
+    cfg.chunk_size}}, the reference first. Each is given `audio_s` seconds `repeats` times, and once
+    before that.
     """
     turns = [(who, mode) for who, modes in encoders.items() for mode in modes]
     seconds: Dict[Tuple[Any, str], List[List[float]]] = {turn: [] for turn in turns}

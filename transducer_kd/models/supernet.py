@@ -179,7 +179,7 @@ class Supernet(Transducer):
         """
         encoder = dataclasses.replace(self.config.encoder, chunk_size=chunk_size)
         config = dataclasses.replace(self.config, encoder=encoder, pruned_groups="none")
-        # First weights are drawn and at once replaced, which a training's random numbers shall not notice.
+        # First weights are drawn and at once replaced, without advancing a training's random generator.
         with torch.random.fork_rng(devices=[]):
             model = Transducer(config, self.vocab_size, with_ctc=self.ctc_output is not None)
         state = {name: value for name, value in self.state_dict().items() if not name.startswith("masks.")}

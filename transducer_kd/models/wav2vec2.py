@@ -16,20 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transducer_kd.config import Wav2Vec2Config
-from transducer_kd.log import UserError
 from transducer_kd.models.masks import valid_mask
 from transducer_kd.models.transducer import Transducer, count_parameters, parameter_lines
 
 
 class GumbelQuantizer(nn.Module):
-    """Product quantiser: of each codebook the entry that a linear map of the frame chooses (section 2)."""
+    """Product quantiser: of each codebook the entry that a linear map of the frame chooses (section 2).
+
+    codebook_dim is a multiple of num_codebooks.
+    """
 
     def __init__(self, input_dim: int, num_codebooks: int, num_entries: int, codebook_dim: int) -> None:
         super().__init__()
-        if codebook_dim % num_codebooks:
-            raise UserError(
-                f"wav2vec2.codebook_dim={codebook_dim} must be a multiple of num_codebooks={num_codebooks}"
-            )
         self.logits = nn.Linear(input_dim, num_codebooks * num_entries)
         self.codebooks = nn.Parameter(torch.rand(num_codebooks, num_entries, codebook_dim // num_codebooks))
         # Of frames with unit variance, weights of N(0, 1) make logits whose scale is sqrt(D). So from the
@@ -123,7 +121,7 @@ class Wav2Vec2(nn.Module):
         return self.target_proj(quantised), probabilities, codes
 
     def context(self, hidden: Tensor, lens: Tensor, places: Tuple[Tensor, Tensor], chunk_size: int) -> Tensor:
-        """What the encoder says of hidden (N, T', D), lens (N,), at `places` (utterances, frames): (F, E).
+        """Projected encoder output of hidden (N, T', D), lens (N,), at `places` (utterances, frames): (F, E).
 
         chunk_size: 0 for full context and all weights, as for `model.encode_frames`.
         """

@@ -3,10 +3,10 @@
     L = L_rnnt(theta, full context) + L_rnnt(m theta, streaming) [+ gamma L_kd(full context -> streaming)]
 
 In a supernet the streaming pass has the masked weights m theta; without masks both modes are dense. gamma is
-distill.weight, for which no teacher is loaded: the streaming pass learns from what the full-context pass of
-the same batch has just said, without a gradient to it. That pass trains, so this teacher hears the augmented
-features and has dropout, unlike one in a folder of its own: a clean pass would be a third one. And it begins
-as ignorant as its student, which is why it may begin to teach later (distill.begin_step).
+distill.weight. No teacher is loaded for it: the streaming pass learns from the full-context pass of the same
+batch, without a gradient to it. That pass trains, so this teacher is given the augmented features and has
+dropout, unlike one in a folder of its own: a clean pass would be a third one. And it begins as untrained as
+its student, which is why it may begin to teach later (distill.begin_step).
 
 The passes share the features, their subsampling and the decoder's output, and each has its backward before
 the next begins.
@@ -26,6 +26,7 @@ from transducer_kd.models.transducer import Transducer
 from transducer_kd.objectives.base import LossOutput
 from transducer_kd.objectives.distill import DistillObjective, TeacherPass
 from transducer_kd.objectives.shared import MODES, SharedTensor
+from transducer_kd.objectives.transducer import TransducerPass
 
 
 class DualModeObjective(DistillObjective):
@@ -61,16 +62,30 @@ class DualModeObjective(DistillObjective):
             losses, terms = self.transducer_loss(done, batch, step)
         else:
             frames, decoder_out = (shared.joined() for shared in self._shared)
-            taught, self._shared, self._taught = self._taught, (), None
-            lens = taught.encoder_out_lens
+            first, self._shared, self._taught = self._taught, (), None
+            # Validation has one loss throughout, so that all of them can be compared.
+            has_begun = step >= self.distill.begin_step or not self.training
+            taught = first if has_begun else None
+            lens = first.encoder_out_lens
             encoder_out, _ = model.encode_frames(frames, lens)
             done = self.lattice_pass(encoder_out, lens, decoder_out, batch, self._guide(taught, batch))
+            self._occupancies = None
             losses, terms = self.transducer_loss(done, batch, step)
             if self.distill.weight > 0:
-                has_begun = step >= self.distill.begin_step
-                terms["kd_loss"] = self.lattice_kd(done, taught if has_begun else None, batch)
+                terms["kd_loss"] = self.lattice_kd(done, taught, batch)
                 losses = losses + self.distill.weight * terms["kd_loss"]
         return LossOutput.of_terms(losses, lens, _named(terms, MODES[number]))
+
+    def clean_pass(self, batch: Any) -> TransducerPass:
+        """See TransducerObjective; of the streaming mode."""
+        if self.distill.ranges_from == "student":
+            return super().clean_pass(batch)
+        first = self.transducer_pass(batch.features, batch, chunk_size=0)
+        self._occupancies = first.occupancies
+        taught = TeacherPass(first.encoder_out, first.encoder_out_lens, first.decoder_out)
+        done = self.transducer_pass(batch.features, batch, guide=self._guide(taught, batch))
+        self._occupancies = None
+        return done
 
     def _teacher_occupancies(self, taught: TeacherPass, y: torch.Tensor, y_lens: torch.Tensor) -> Grads:
         """Those that the full-context pass was pruned by."""

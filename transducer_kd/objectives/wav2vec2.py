@@ -49,7 +49,7 @@ class MaskedBatch:
     targets        (F,E)
     codes          (F,G), probabilities (F,G,V): see GumbelQuantizer
     projected      (N,T',D) the frames before their norm
-    distractors    (N,M,K) numbers of masked frames of the same utterance
+    distractors    (N,M,K) indices of masked frames of the same utterance
     """
 
     lens: torch.Tensor

@@ -261,8 +261,9 @@ def _taught_in_place(phase: Phase) -> str:
     distill = _section(phase["config"], "distill")
     if not has_two_modes(phase) or not distill.get("weight"):
         return ""
-    shift = distill.get("frame_shift")
-    return ", in-place distillation" + (f" with frame shift {shift}" if shift else "")
+    begin, shift = distill.get("begin_step"), distill.get("frame_shift")
+    told = ", in-place distillation" + (f" from update {begin:,} on" if begin else "")
+    return told + (f", frame shift {shift}" if shift else "")
 
 
 def _named(phases: List[Phase]) -> Set[str]:

@@ -359,8 +359,9 @@ def _speed_notes(report: Dict[str, Any]) -> List[str]:
     if not _timed(report):
         return []
     lengths = {p["speed"]["audio_s"] for p in report["phases"] if p["speed"]}
+    runtimes = {p["speed"].get("runtime", "PyTorch") for p in report["phases"] if p["speed"]}
     return [
-        "x faster: the encoder alone, traced and frozen by TorchScript, float32, on one utterance of "
+        f"x faster: the encoder alone ({' or '.join(sorted(runtimes))}), float32, on one utterance of "
         f"{' or '.join(f'{seconds:g}' for seconds in sorted(lengths))} s at a time, chunk by chunk where it "
         "streams, compared in the same mode. RTF: seconds for a second of audio. What a supernet leaves out "
         "is zero and is computed all the same; only what was extracted of it is smaller."

@@ -71,9 +71,10 @@ delay_stage() {
 
 # What leaving weights out saves, on one thread: the dense model first, with which the others are compared.
 speed_stage() {
+  is_current streaming || return 0
   trained_folders streaming supernet extracted
   [ "${#folders[@]}" -gt 1 ] || return 0
-  run_stage 6 "speed" "$exp_root/.done-speed" "$(echo "$made_from")" \
+  run_stage 6 "speed" "$exp_root/.done-speed" "$(echo "in TorchScript"; echo "$made_from")" \
     run python local/measure_speed.py --exp-dir "${folders[@]}" --use-averaged-model
 }
 
