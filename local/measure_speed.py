@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--lang-dir", default="", help="folder with bpe.model (default: as in training)")
     add("--num-threads", type=number(1), default=1, help="CPU threads (default %(default)s)")
     add("--audio-s", type=number(1), default=20, help="length of an utterance (default %(default)s)")
-    add("--repeats", type=number(1), default=9, help="turns of every phase (default %(default)s)")
+    add("--repeats", type=number(1), default=25, help="turns of every phase (default %(default)s)")
     args = parser.parse_args()
     check_epoch(parser, args)
     return args
