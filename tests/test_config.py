@@ -222,7 +222,7 @@ DISTILL = ["objective=distill", "distill.weight=1"]
         ),  # fmt: skip
         (
             [*DISTILL, *TEACHER, "distill.begin_step=9"],
-            r"distill\.begin_step is for objective dual_mode, .*distill",
+            r"distill\.begin_step and ramp_steps are for objective dual_mode, .*distill",
         ),
     ],
 )

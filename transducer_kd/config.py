@@ -129,7 +129,10 @@ class DistillConfig:
 
     # beta of L = L_rnnt + beta L_kd, both a mean per encoder frame; in objective two_pass times lambda.
     weight: float = 0.0
-    begin_step: int = 0  # in objective dual_mode: update from which on the offline mode teaches
+    # In objective dual_mode: the update from which on the offline mode teaches, and in how many the weight
+    # grows to its value from there.
+    begin_step: int = 0
+    ramp_steps: int = 0
     utterances: str = "all"  # all | pseudo: those that it is used on; pseudo: those of data.pseudo_labels
     # The teacher's encoder output as local/pseudo_label.py --soft stored it, instead of running its encoder.
     stored: bool = False

@@ -38,8 +38,8 @@ _RANGES = {
     "loss.ctc_weight loss.pseudo_weight spec_augment.begin_step spec_augment.num_time_masks "
     "spec_augment.max_time_mask_frames "
     "spec_augment.num_feature_masks spec_augment.max_feature_mask_bins data.min_cut_s data.num_workers "
-    "distill.weight distill.begin_step distill.frame_shift two_pass.mwer_weight pruning.begin_step "
-    "wav2vec2.diversity_weight wav2vec2.penalty_weight "
+    "distill.weight distill.begin_step distill.ramp_steps distill.frame_shift two_pass.mwer_weight "
+    "pruning.begin_step wav2vec2.diversity_weight wav2vec2.penalty_weight "
     "optim.weight_decay optim.warmup_steps train.num_threads train.valid_wer_utterances train.max_nonfinite",
     "[0, 1)": "model.encoder.dropout model.decoder.dropout model.las.dropout model.las.label_smoothing "
     "data.pseudo_share optim.betas pruning.sparsity pruning.initial_sparsity",
@@ -123,10 +123,10 @@ def _check_objective(config: Any, origin: str) -> None:
             f"{origin}: distill.weight={config.distill.weight} is for the objectives distill, two_pass and "
             f"dual_mode, not {name}"
         )
-    if config.distill.begin_step and name != "dual_mode":
+    if (config.distill.begin_step or config.distill.ramp_steps) and name != "dual_mode":
         raise UserError(
-            f"{origin}: distill.begin_step is for objective dual_mode, whose teacher is not trained yet, not "
-            f"{name}"
+            f"{origin}: distill.begin_step and ramp_steps are for objective dual_mode, whose teacher is not "
+            f"trained yet, not {name}"
         )
     if kd and config.distill.begin_step >= config.train.max_steps:
         raise UserError(

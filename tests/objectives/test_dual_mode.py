@@ -151,6 +151,22 @@ def test_the_full_context_pass_teaches_from_an_update_on(model, batch):
     assert torch.equal(losses[0].losses, losses[1].losses)
 
 
+def test_what_is_taught_grows_evenly_and_is_whole_in_validation(model, batch):
+    plain, ramped = dual(model), dual(model, 2.0, begin_step=5, ramp_steps=4)
+
+    def streaming_losses(objective, step):
+        objective(batch, step, 0)
+        return objective(batch, step, 1).losses.sum()
+
+    shares = []
+    with torch.no_grad():
+        whole = streaming_losses(ramped.eval(), 0) - streaming_losses(plain.eval(), 0)
+        for step in (4, 5, 6, 8, 9):
+            taught = streaming_losses(ramped.train(), step) - streaming_losses(plain.train(), step)
+            shares.append(float(taught / whole))
+    assert shares == pytest.approx([0.0, 0.25, 0.5, 1.0, 1.0], abs=1e-3)
+
+
 def test_the_streaming_pass_may_be_pruned_by_the_full_context_pass(model, batch, monkeypatch):
     """From begin_step on; what is drawn is pruned so, too."""
     objective = dual(model, 1.0, ranges_from="teacher", begin_step=1).train()

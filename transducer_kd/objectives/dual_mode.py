@@ -73,8 +73,14 @@ class DualModeObjective(DistillObjective):
             losses, terms = self.transducer_loss(done, batch, step)
             if self.distill.weight > 0:
                 terms["kd_loss"] = self.lattice_kd(done, taught, batch)
-                losses = losses + self.distill.weight * terms["kd_loss"]
+                losses = losses + self._weight(step) * terms["kd_loss"]
         return LossOutput.of_terms(losses, lens, _named(terms, MODES[number]))
+
+    def _weight(self, step: int) -> float:
+        """gamma at update `step`: it grows evenly, because at first the modes say very different things."""
+        ramp = self.distill.ramp_steps
+        grown = (step - self.distill.begin_step + 1) / ramp if ramp and self.training else 1.0
+        return self.distill.weight * min(1.0, grown)
 
     def clean_pass(self, batch: Any) -> TransducerPass:
         """See TransducerObjective; of the streaming mode."""
