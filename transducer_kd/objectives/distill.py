@@ -37,12 +37,14 @@ from transducer_kd.objectives.transducer import TransducerObjective, TransducerP
 class TeacherPass:
     """What the teacher computed for a batch, without graph: encoder_out (N,T',D), its lengths (N,), and, for
     the first pass, decoder_out (N,U+1,D). Its T' may differ from the student's by a frame or two.
-    rows (n,) int64: the utterances of the batch that it is about; None: all."""
+    rows (n,) int64: the utterances of the batch that it is about; None: all.
+    occupancies: by which it was pruned itself; None where it was not."""
 
     encoder_out: torch.Tensor
     encoder_out_lens: torch.Tensor
     decoder_out: Optional[torch.Tensor] = None
     rows: Optional[torch.Tensor] = None
+    occupancies: Optional[Grads] = None
 
 
 @torch.no_grad()
@@ -138,7 +140,7 @@ class DistillObjective(TransducerObjective):
             return None
         rows = slice(None) if taught.rows is None else taught.rows
         lens, y, y_lens = taught.encoder_out_lens, batch.y[rows], batch.y_lens[rows]
-        occupancies = self._teacher_occupancies(taught, y, y_lens)
+        occupancies = taught.occupancies or self._teacher_occupancies(taught, y, y_lens)
         too_short = (lens < y_lens)[:, None, None]  # no path for the teacher, though one for the student
 
         def guide(own: Grads) -> Grads:

@@ -20,7 +20,6 @@ from typing import Any, Dict, Optional, Tuple
 import torch
 
 from transducer_kd.config import DistillConfig, LossConfig
-from transducer_kd.losses.lattice_recursion import Grads
 from transducer_kd.models.spec_augment import SpecAugment
 from transducer_kd.models.transducer import Transducer
 from transducer_kd.objectives.base import LossOutput
@@ -41,7 +40,6 @@ class DualModeObjective(DistillObjective):
         super().__init__(model, loss, spec_augment, distill, teacher=None)
         self._shared: Tuple[SharedTensor, ...] = ()  # subsampled frames (N,T',D), decoder_out (N,U+1,D)
         self._taught: Optional[TeacherPass] = None
-        self._occupancies: Optional[Grads] = None
 
     @property
     def teacher(self) -> Any:
@@ -57,8 +55,7 @@ class DualModeObjective(DistillObjective):
             frames, decoder_out = (shared.leaf() for shared in self._shared)
             encoder_out, _ = model.encode_frames(frames, lens, chunk_size=0)
             done = self.lattice_pass(encoder_out, lens, decoder_out, batch)
-            self._taught = TeacherPass(encoder_out.detach(), lens, decoder_out.detach())
-            self._occupancies = done.occupancies
+            self._taught = _as_teacher(done)
             losses, terms = self.transducer_loss(done, batch, step)
         else:
             frames, decoder_out = (shared.joined() for shared in self._shared)
@@ -69,7 +66,6 @@ class DualModeObjective(DistillObjective):
             lens = first.encoder_out_lens
             encoder_out, _ = model.encode_frames(frames, lens)
             done = self.lattice_pass(encoder_out, lens, decoder_out, batch, self._guide(taught, batch))
-            self._occupancies = None
             losses, terms = self.transducer_loss(done, batch, step)
             if self.distill.weight > 0:
                 terms["kd_loss"] = self.lattice_kd(done, taught, batch)
@@ -86,16 +82,14 @@ class DualModeObjective(DistillObjective):
         """See TransducerObjective; of the streaming mode."""
         if self.distill.ranges_from == "student":
             return super().clean_pass(batch)
-        first = self.transducer_pass(batch.features, batch, chunk_size=0)
-        self._occupancies = first.occupancies
-        taught = TeacherPass(first.encoder_out, first.encoder_out_lens, first.decoder_out)
-        done = self.transducer_pass(batch.features, batch, guide=self._guide(taught, batch))
-        self._occupancies = None
-        return done
+        first = _as_teacher(self.transducer_pass(batch.features, batch, chunk_size=0))
+        return self.transducer_pass(batch.features, batch, guide=self._guide(first, batch))
 
-    def _teacher_occupancies(self, taught: TeacherPass, y: torch.Tensor, y_lens: torch.Tensor) -> Grads:
-        """Those that the full-context pass was pruned by."""
-        return self._occupancies
+
+def _as_teacher(done: TransducerPass) -> TeacherPass:
+    """The full-context pass, without its graph."""
+    encoder_out, decoder_out = done.encoder_out.detach(), done.decoder_out.detach()
+    return TeacherPass(encoder_out, done.encoder_out_lens, decoder_out, occupancies=done.occupancies)
 
 
 def _named(terms: Dict[str, torch.Tensor], mode: str) -> Dict[str, torch.Tensor]:
