@@ -286,18 +286,10 @@ def test_mwer_is_for_training_only(student, words_batch):
     assert "mwer_loss" not in objective(words_batch, 0).metrics
 
 
-@pytest.mark.skipif(
-    torch.__version__.startswith("1."), reason="a conformer in bfloat16 on a CPU needs torch 2"
-)
-def test_autocast_loses_no_gradient(student, teacher, words_batch, gradients):
+@pytest.mark.parametrize("lattice", ["pruned", "full"])
+def test_autocast_loses_no_gradient(student, teacher, words_batch, check_autocast, lattice):
     """Autocast keeps the weights that it has cast: one cast without a graph would get no gradient."""
     model = student()
-    objective = two_pass_objective(model, teacher(), 2.0, las_kd_weight=0.5, mwer_weight=0.3)
-    for lattice in ("pruned", "full"):
-        objective.distill.lattice = lattice
-        expected = gradients(model, objective.train()(words_batch, 0).loss_sum)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = objective(words_batch, 0).loss_sum
-        for name, g in gradients(model, loss).items():
-            similarity = torch.cosine_similarity(g.flatten(), expected[name].flatten(), dim=0)
-            assert similarity > 0.8, (lattice, name, similarity)
+    objective = two_pass_objective(model, teacher(), 2.0, las_kd_weight=0.5, mwer_weight=0.3).train()
+    objective.distill.lattice = lattice
+    check_autocast(model, lambda: objective(words_batch, 0).loss_sum)
