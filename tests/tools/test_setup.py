@@ -62,6 +62,7 @@ class Sandbox:
             "FAKE": str(self.fake),
         }
         self.add("uv", '[ "$1" = --version ]')
+        self.add_disk(free_gb=100)
 
     def add(self, name: str, body: str) -> Path:
         path = self.bin / name
@@ -69,6 +70,10 @@ class Sandbox:
         path.write_text(body if body.startswith("#!") else f"#!/usr/bin/env bash\n{body}\n")
         path.chmod(0o755)
         return path
+
+    def add_disk(self, free_gb: int) -> None:
+        """A disk of its own: how much is free on the machine that runs the tests is no part of them."""
+        self.add("df", f"echo Filesystem; echo fake 0 0 {free_gb * 1024 * 1024} 0% /")
 
     def add_python(self, version: str, name: str = "") -> Path:
         text = FAKE_PYTHON.replace("@VERSION@", version).replace("@REAL@", sys.executable)
@@ -274,6 +279,14 @@ def test_env_can_be_asked_for_without_becoming_the_default(sandbox):
     sandbox.add_python("3.11")
     sandbox.setup("--env", "modern", "--no-kaldifeat")
     assert not (sandbox.root / ".venv-default").exists()
+
+
+def test_too_little_disk_is_an_error_before_anything_is_made(sandbox):
+    sandbox.add_python("3.10")
+    sandbox.add_disk(free_gb=2)
+    output = sandbox.setup("--env", "k2", status=1)
+    assert "2048 MB are free" in output and str(sandbox.root) in output
+    assert sandbox.calls() == [] and not (sandbox.root / ".venv").exists()
 
 
 def test_no_python_is_an_error_that_says_what_to_install(sandbox):
