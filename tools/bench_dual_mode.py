@@ -4,11 +4,14 @@
   python tools/bench_dual_mode.py                                the mini models of recipe dual_mode
   python tools/bench_dual_mode.py --scale small --device cuda --json cost.json
 
+Exits with 1 when an update of two modes costs more than is allowed.
+
 An update is that of training: for each pass of the batch forward and backward, then the optimiser; the masks
 stay as they are between two refreshes. The batch is made up, all utterances equally long, no SpecAugment. The
-phases take turns; times are medians over the turns, ratios are medians of the turns' ratios to the mean
-of the two single modes. Peak memory is what an update needs on top of what was there before, in a process of
-its own: on CUDA by torch.cuda.max_memory_allocated, on a CPU by the peak of the resident set.
+phases take turns; times are medians over the turns. Ratios are medians of the turns' ratios to the mean of
+the two single modes, those of `pretrain` to pretraining the full-context mode alone. Peak memory is what an
+update needs on top of what was there before, in a process of its own: on CUDA by
+torch.cuda.max_memory_allocated, on a CPU by the peak of the resident set.
 """
 
 import argparse
@@ -19,7 +22,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -30,12 +33,25 @@ from transducer_kd import build  # noqa: E402
 from transducer_kd import config as cfg  # noqa: E402
 from transducer_kd.data.batch import Batch  # noqa: E402
 from transducer_kd.log import run_main, setup_logging, write_json  # noqa: E402
+from transducer_kd.models.wav2vec2 import Wav2Vec2  # noqa: E402
 from transducer_kd.train.memory import peak_bytes  # noqa: E402
 from transducer_kd.train.optim import build_optimizer  # noqa: E402
 
 CONF = ROOT / "egs/librispeech/dual_mode/conf"
-SINGLE = ("offline", "streaming")  # what the others are compared with
-PHASES = (*SINGLE, "dual_dense", "supernet_scratch", "supernet_block")
+# What is measured: the phase's configuration and what is changed in it.
+PHASES: Dict[str, Tuple[str, List[str]]] = {
+    name: (name, []) for name in ("offline", "streaming", "dual_dense", "supernet_scratch", "supernet_block")
+}
+ONE_MODE = ["model.encoder.chunk_size=0", "model.pruned_groups=none", "pruning.sparsity=0"]
+PHASES["pretrain, one mode"] = ("pretrain", ONE_MODE)
+PHASES["pretrain"] = ("pretrain", [])
+
+
+def singles_of(phase: str) -> Sequence[str]:
+    """What the phase is compared with."""
+    return ("pretrain, one mode",) if PHASES[phase][0] == "pretrain" else ("offline", "streaming")
+
+
 MAX_TIME = 2.1
 
 
@@ -66,8 +82,11 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def update_of(phase: str, args: argparse.Namespace) -> Callable[[], None]:
     """A function that makes one update of the phase, the masks as they are once they are fixed."""
-    config = cfg.load_config(CONF / args.scale / f"{phase}.yaml", ["spec_augment.enabled=false"])
+    name, changes = PHASES[phase]
+    config = cfg.load_config(CONF / args.scale / f"{name}.yaml", ["spec_augment.enabled=false", *changes])
     model = build.build_model(config, args.vocab)
+    if config.objective == "wav2vec2":
+        model = Wav2Vec2(model, config.wav2vec2)
     objective = build.objective_of(model, config).to(args.device).train()
     if config.pruning.sparsity:
         from transducer_kd.compress.pruning import choose_masks
@@ -114,26 +133,31 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
             update()
             if turn >= 2:  # the first ones warm up
                 runs[phase].append(time.perf_counter() - start)
-    singles = [statistics.mean(pair) for pair in zip(*(runs[phase] for phase in SINGLE))]
+    peaks = {phase: peak_elsewhere(phase) for phase in PHASES}
     rows = []
     for phase, seconds in runs.items():
+        singles = [statistics.mean(turn) for turn in zip(*(runs[single] for single in singles_of(phase)))]
         ratios = [mine / single for mine, single in zip(seconds, singles)]
         rows.append({
             "phase": phase, "seconds": statistics.median(seconds), "ratio": statistics.median(ratios),
-            "peak_bytes": peak_elsewhere(phase), "seconds_of_runs": seconds,
+            "peak_bytes": peaks[phase], "seconds_of_runs": seconds,
+            "peak_ratio": peaks[phase] / max(statistics.mean(peaks[s] for s in singles_of(phase)), 1),
         })  # fmt: skip
     return rows
 
 
+def largest_ratio(rows: List[Dict[str, Any]]) -> float:
+    return max(row["ratio"] for row in rows)
+
+
 def table(rows: List[Dict[str, Any]]) -> str:
-    single = statistics.mean(row["peak_bytes"] for row in rows if row["phase"] in SINGLE)
-    lines = [f"{'phase':18} ms an update  to a single mode  peak MB  to a single mode"]
+    lines = [f"{'phase':20} ms an update  to a single mode  peak MB  to a single mode"]
     for row in rows:
         lines.append(
-            f"{row['phase']:18} {1000 * row['seconds']:12.1f}  {row['ratio']:16.2f}  "
-            f"{row['peak_bytes'] / 1e6:7.0f}  {row['peak_bytes'] / max(single, 1):16.2f}"
+            f"{row['phase']:20} {1000 * row['seconds']:12.1f}  {row['ratio']:16.2f}  "
+            f"{row['peak_bytes'] / 1e6:7.0f}  {row['peak_ratio']:16.2f}"
         )
-    worst = max(row["ratio"] for row in rows)
+    worst = largest_ratio(rows)
     lines.append(
         f"largest ratio of time {worst:.2f}, allowed {MAX_TIME}: {'yes' if worst <= MAX_TIME else 'NO'}"
     )
@@ -158,7 +182,7 @@ def main() -> int:
         write_json(
             args.json, {"settings": settings, "threads": torch.get_num_threads(), **about, "rows": rows}
         )
-    return 0
+    return 0 if largest_ratio(rows) <= MAX_TIME else 1
 
 
 if __name__ == "__main__":

@@ -18,17 +18,22 @@ def bench(*options):
 
 def test_all_phases_are_set_against_the_mean_of_the_single_modes(tmp_path):
     done = bench("--json", str(tmp_path / "cost.json"))
-    assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "cost.json").read_text())
     rows = {row["phase"]: row for row in result["rows"]}
-    assert list(rows) == ["offline", "streaming", "dual_dense", "supernet_scratch", "supernet_block"]
+    # Tiny models on a busy machine may cost more than is allowed: the exit status has to say so.
+    assert done.returncode == int(max(row["ratio"] for row in rows.values()) > 2.1), done.stderr
+    singles = ["offline", "streaming"]
+    assert list(rows) == [
+        *singles, "dual_dense", "supernet_scratch", "supernet_block", "pretrain, one mode", "pretrain",
+    ]  # fmt: skip
     runs = {phase: row["seconds_of_runs"] for phase, row in rows.items()}
     ratios = [2 * d / (o + s) for d, o, s in zip(*(runs[p] for p in ("dual_dense", "offline", "streaming")))]
     assert rows["dual_dense"]["ratio"] == pytest.approx(statistics.median(ratios))
+    assert rows["pretrain, one mode"]["ratio"] == 1
     assert all(row["peak_bytes"] >= 0 for row in rows.values())
     for phase, row in rows.items():
-        line = next(line.split() for line in done.stdout.splitlines() if line.startswith(f"{phase} "))
-        assert line[1] == f"{1000 * row['seconds']:.1f}" and line[2] == f"{row['ratio']:.2f}"
+        line = next(line.split() for line in done.stdout.splitlines() if line.startswith(f"{phase:20}"))
+        assert line[-4] == f"{1000 * row['seconds']:.1f}" and line[-3] == f"{row['ratio']:.2f}"
 
 
 @pytest.mark.parametrize("wrong", [["--tokens", "40"], ["--batch", "0"], ["--scale", "huge"]])
