@@ -193,6 +193,9 @@ def select_weights(
     epoch: N for epoch-N.pt, 0 for the last one, -1 for best-valid.pt.
     avg: how many epochs, ending at `epoch`; with `use_averaged_model` the mean of all weights in them (from
     the running average), otherwise the mean of the epochs' last weights.
+
+    A mean is not taken of weights that were trained with other masks: of one epoch in which they changed the
+    last weights are taken, with a warning; more epochs are a UserError, as are epochs that are not there.
     """
     exp_dir = Path(exp_dir)
     if epoch < -1:
