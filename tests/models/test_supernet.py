@@ -2,36 +2,28 @@
 
 import copy
 import dataclasses
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from transducer_kd.config import DecoderConfig, EncoderConfig, ModelConfig
 from transducer_kd.log import UserError
 from transducer_kd.models.supernet import MATRICES, GroupMasks, Supernet
 from transducer_kd.models.transducer import Transducer
 from transducer_kd.train import checkpoint as ckpt
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import small_supernet  # noqa: E402
+from small_supernet import CHUNK, VOCAB, make_config, make_features  # noqa: E402
+
 KINDS = ("unit", "block8x1")
-VOCAB, CHUNK = 9, 3
-ENCODER = EncoderConfig(
-    feature_dim=20, subsampling_channels=2, num_layers=2, encoder_dim=16, num_heads=4, head_dim=6,
-    feedforward_dim=24, cnn_module_kernel=5, dropout=0.0, chunk_size=CHUNK, left_context=6,
-)  # fmt: skip
-
-
-def make_config(kind, **changes):
-    encoder = dataclasses.replace(ENCODER, **changes)
-    return ModelConfig(encoder, DecoderConfig(decoder_dim=10), joiner_dim=11, pruned_groups=kind)
 
 
 def make_supernet(kind, seed=0, with_masks=True, **changes):
-    torch.manual_seed(seed)
-    supernet = Supernet(make_config(kind, **changes), VOCAB, with_ctc=True).eval()
-    with torch.no_grad():
-        for parameter in supernet.parameters():  # no parameter at a special value
-            parameter.normal_(std=0.3)
+    supernet = small_supernet.make_supernet(kind, seed, **changes)
     if with_masks:
         assign_random(supernet.masks, seed + 1)
     return supernet
@@ -52,13 +44,8 @@ def dense_twin(supernet):
     return twin.train(supernet.training)
 
 
-def make_batch():
-    generator = torch.Generator().manual_seed(5)
-    return torch.randn(2, 75, 20, generator=generator) * 3 - 8, torch.tensor([75, 58])
-
-
 def loss_of(model, chunk_size):
-    return model.encode(*make_batch(), chunk_size)[0].square().sum()
+    return model.encode(*make_features(), chunk_size)[0].square().sum()
 
 
 def masked_by_loops(supernet):
@@ -197,9 +184,9 @@ def test_without_a_chunk_size_the_configured_one_decides():
 @torch.no_grad()
 def test_subsampled_frames_may_be_shared(kind, chunk_size):
     supernet = make_supernet(kind)
-    frames, lens = supernet.encoder.subsample(*make_batch())
+    frames, lens = supernet.encoder.subsample(*make_features())
     found, found_lens = supernet.encode_frames(frames, lens, chunk_size)
-    expected, expected_lens = supernet.encode(*make_batch(), chunk_size)
+    expected, expected_lens = supernet.encode(*make_features(), chunk_size)
     assert torch.equal(found, expected) and torch.equal(found_lens, expected_lens)
 
 
@@ -215,7 +202,7 @@ def test_plain_is_one_mode_by_itself(kind, chunk_size):
     assert torch.equal(drawn, torch.rand(3))  # training goes on with the same random numbers
     assert type(plain) is Transducer and plain.config.pruned_groups == "none" and not plain.training
     assert plain.config.encoder.chunk_size == chunk_size and supernet.config.encoder.chunk_size == CHUNK
-    x, x_lens = make_batch()
+    x, x_lens = make_features()
     expected, lens = supernet.encode(x, x_lens, chunk_size)
     torch.testing.assert_close(plain.encode(x, x_lens)[0], expected, atol=1e-5, rtol=1e-5)
     if chunk_size:
