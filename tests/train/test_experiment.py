@@ -5,6 +5,7 @@ over: a finished training serves every recipe that would train the same.
 import json
 import logging
 import os
+import subprocess
 
 import pytest
 import torch
@@ -197,3 +198,25 @@ def test_taking_over_can_be_interrupted(finished, tmp_path, monkeypatch):
     assert (exp_dir / "epoch-2.pt").exists() and (exp_dir / "log").is_dir()
     (aside,) = tmp_path.glob("mine.old-*")
     assert files_in(aside) == {"config.json"}
+
+
+def test_the_commit_is_marked_when_code_differs_and_not_when_results_do(tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    assert experiment.git_commit(tmp_path) == "unknown"
+    code, results = tmp_path / "package/train.py", tmp_path / "recipe/RESULTS.md"
+    for path in (code, results):
+        path.parent.mkdir()
+        path.write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    clean = experiment.git_commit(code.parent)
+    assert len(clean) == 12
+    results.write_text("5 %")
+    (tmp_path / "untracked.py").write_text("")
+    assert experiment.git_commit(code.parent) == clean
+    code.write_text("2")
+    assert experiment.git_commit(code.parent) == f"{clean}-dirty"

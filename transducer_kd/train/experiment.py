@@ -123,11 +123,20 @@ def _version(name: str) -> Optional[str]:
         return None
 
 
-def git_commit() -> str:
-    """Commit of the running code, with "-dirty" where tracked files differ from it; "unknown" outside git."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude", "*", "--abbrev=12"]
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def git_commit(folder: Path = _PACKAGE) -> str:
+    """Commit of the code that `folder` is part of, with "-dirty" where tracked files differ; "unknown" outside
+    git.
+
+    Text is no code: the reports write their results into the tracked README.md and RESULTS.md.
+    """
+    git = ["git", "-C", str(folder)]
+    commit = ["describe", "--always", "--exclude", "*", "--abbrev=12"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        name = subprocess.run([*git, *commit], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/", ":(exclude,top)*.md"])
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{name}-dirty" if changed.returncode else name
