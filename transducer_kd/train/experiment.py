@@ -127,8 +127,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def git_commit(folder: Path = _PACKAGE) -> str:
-    """Commit of the code that `folder` is part of, with "-dirty" where tracked files differ; "unknown" outside
-    git.
+    """Commit of the code that `folder` is part of, "-dirty" where tracked files differ, or "unknown".
 
     Text is no code: the reports write their results into the tracked README.md and RESULTS.md.
     """
