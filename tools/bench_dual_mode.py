@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -33,26 +33,19 @@ from transducer_kd import build  # noqa: E402
 from transducer_kd import config as cfg  # noqa: E402
 from transducer_kd.data.batch import Batch  # noqa: E402
 from transducer_kd.log import run_main, setup_logging, write_json  # noqa: E402
-from transducer_kd.models.wav2vec2 import Wav2Vec2  # noqa: E402
 from transducer_kd.train.memory import peak_bytes  # noqa: E402
 from transducer_kd.train.optim import build_optimizer  # noqa: E402
 
 CONF = ROOT / "egs/librispeech/dual_mode/conf"
-# What is measured: the phase's configuration and what is changed in it.
-PHASES: Dict[str, Tuple[str, List[str]]] = {
-    name: (name, []) for name in ("offline", "streaming", "dual_dense", "supernet_scratch", "supernet_block")
-}
-ONE_MODE = ["model.encoder.chunk_size=0", "model.pruned_groups=none", "pruning.sparsity=0"]
-PHASES["pretrain, one mode"] = ("pretrain", ONE_MODE)
-PHASES["pretrain"] = ("pretrain", [])
-
-
-def singles_of(phase: str) -> Sequence[str]:
-    """What the phase is compared with."""
-    return ("pretrain, one mode",) if PHASES[phase][0] == "pretrain" else ("offline", "streaming")
-
-
 MAX_TIME = 2.1
+SINGLE = ("offline", "streaming")
+ALONE = "pretrain, one mode"
+ONE_MODE = ["model.encoder.chunk_size=0", "model.pruned_groups=none", "pruning.sparsity=0"]
+# Phase -> those that it is compared with.
+SINGLES_OF: Dict[str, Sequence[str]] = {
+    **dict.fromkeys((*SINGLE, "dual_dense", "supernet_scratch", "supernet_block"), SINGLE),
+    **dict.fromkeys((ALONE, "pretrain"), (ALONE,)),
+}
 
 
 def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -82,11 +75,9 @@ def parse_arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def update_of(phase: str, args: argparse.Namespace) -> Callable[[], None]:
     """A function that makes one update of the phase, the masks as they are once they are fixed."""
-    name, changes = PHASES[phase]
+    name, changes = ("pretrain", ONE_MODE) if phase == ALONE else (phase, [])
     config = cfg.load_config(CONF / args.scale / f"{name}.yaml", ["spec_augment.enabled=false", *changes])
-    model = build.build_model(config, args.vocab)
-    if config.objective == "wav2vec2":
-        model = Wav2Vec2(model, config.wav2vec2)
+    model = build.build_trained(config, args.vocab)
     objective = build.objective_of(model, config).to(args.device).train()
     if config.pruning.sparsity:
         from transducer_kd.compress.pruning import choose_masks
@@ -125,23 +116,23 @@ def peak_elsewhere(phase: str) -> int:
 
 
 def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
-    updates = {phase: update_of(phase, args) for phase in PHASES}
-    runs: Dict[str, List[float]] = {phase: [] for phase in PHASES}
+    updates = {phase: update_of(phase, args) for phase in SINGLES_OF}
+    runs: Dict[str, List[float]] = {phase: [] for phase in SINGLES_OF}
     for turn in range(args.repeats + 2):
         for phase, update in updates.items():
             start = time.perf_counter()
             update()
             if turn >= 2:  # the first ones warm up
                 runs[phase].append(time.perf_counter() - start)
-    peaks = {phase: peak_elsewhere(phase) for phase in PHASES}
+    peaks = {phase: peak_elsewhere(phase) for phase in SINGLES_OF}
     rows = []
     for phase, seconds in runs.items():
-        singles = [statistics.mean(turn) for turn in zip(*(runs[single] for single in singles_of(phase)))]
+        singles = [statistics.mean(turn) for turn in zip(*(runs[single] for single in SINGLES_OF[phase]))]
         ratios = [mine / single for mine, single in zip(seconds, singles)]
         rows.append({
             "phase": phase, "seconds": statistics.median(seconds), "ratio": statistics.median(ratios),
             "peak_bytes": peaks[phase], "seconds_of_runs": seconds,
-            "peak_ratio": peaks[phase] / max(statistics.mean(peaks[s] for s in singles_of(phase)), 1),
+            "peak_ratio": peaks[phase] / max(statistics.mean(peaks[s] for s in SINGLES_OF[phase]), 1),
         })  # fmt: skip
     return rows
 

@@ -70,6 +70,12 @@ def build_model(config: cfg.PhaseConfig, vocab_size: int) -> Transducer:
     return model_class(config.model, vocab_size, with_ctc=config.loss.ctc_weight > 0)
 
 
+def build_trained(config: cfg.PhaseConfig, vocab_size: int) -> Any:
+    """What the phase's objective trains: build_model's transducer, as part of a Wav2Vec2 in pretraining."""
+    model = build_model(config, vocab_size)
+    return Wav2Vec2(model, config.wav2vec2) if config.objective == "wav2vec2" else model
+
+
 def build_objective(
     config: cfg.PhaseConfig, tokenizer: Tokenizer
 ) -> Tuple[Objective, Dict[str, Dict[str, Any]]]:
@@ -78,9 +84,7 @@ def build_objective(
 
     UserError where one of them is missing or does not fit.
     """
-    model, origins = build_model(config, tokenizer.vocab_size), {}
-    if config.objective == "wav2vec2":
-        model = Wav2Vec2(model, config.wav2vec2)
+    model, origins = build_trained(config, tokenizer.vocab_size), {}
     if config.objective in ("las", "two_pass"):
         _require(config.init.exp_dir, "init.exp_dir", "the trained phase to begin with")
     if config.pruning.initial_sparsity > 0:
