@@ -83,7 +83,7 @@ class DistillObjective(TransducerObjective):
         self.options = kd.LatticeDistillOptions(
             distill.form, distill.temperature, distill.frame_shift, distill.weighting, distill.normalise_by
         )
-        if distill.weight > 0 and distill.ranges_from == "teacher" and self.teacher.simple_am_proj is None:
+        if self._prunes_by_teacher and self.teacher.simple_am_proj is None:
             raise UserError(
                 "distill.ranges_from=teacher, but this teacher has no simple_am_proj and simple_lm_proj to "
                 "prune with; use distill.ranges_from=student"
@@ -93,6 +93,10 @@ class DistillObjective(TransducerObjective):
     def teacher(self) -> Any:
         """The teacher itself, None without one."""
         return self.frozen.module if self.frozen is not None else None
+
+    @property
+    def _prunes_by_teacher(self) -> bool:
+        return self.distill.weight > 0 and self.distill.ranges_from == "teacher"
 
     def forward(self, batch: Any, step: int) -> LossOutput:
         done, _, losses, terms = self.first_pass(batch, step)
@@ -132,11 +136,12 @@ class DistillObjective(TransducerObjective):
 
     def clean_pass(self, batch: Any) -> TransducerPass:
         """See TransducerObjective."""
-        return self.transducer_pass(batch.features, batch, guide=self._guide(self.ask_teacher(batch), batch))
+        taught = self.ask_teacher(batch) if self._prunes_by_teacher else None
+        return self.transducer_pass(batch.features, batch, guide=self._guide(taught, batch))
 
     def _guide(self, taught: Optional[TeacherPass], batch: Any) -> Optional[Callable[[Grads], Grads]]:
         """What to prune by where it is not the student's own simple loss."""
-        if taught is None or self.distill.weight == 0 or self.distill.ranges_from == "student":
+        if taught is None or not self._prunes_by_teacher:
             return None
         rows = slice(None) if taught.rows is None else taught.rows
         lens, y, y_lens = taught.encoder_out_lens, batch.y[rows], batch.y_lens[rows]

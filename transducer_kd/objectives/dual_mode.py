@@ -78,12 +78,9 @@ class DualModeObjective(DistillObjective):
         grown = (step - self.distill.begin_step + 1) / ramp if ramp and self.training else 1.0
         return self.distill.weight * min(1.0, grown)
 
-    def clean_pass(self, batch: Any) -> TransducerPass:
-        """See TransducerObjective; of the streaming mode."""
-        if self.distill.ranges_from == "student":
-            return super().clean_pass(batch)
-        first = _as_teacher(self.transducer_pass(batch.features, batch, chunk_size=0))
-        return self.transducer_pass(batch.features, batch, guide=self._guide(first, batch))
+    def ask_teacher(self, batch: Any) -> TeacherPass:
+        """A full-context pass by itself, without augmentation."""
+        return _as_teacher(self.transducer_pass(batch.features, batch, chunk_size=0))
 
 
 def _as_teacher(done: TransducerPass) -> TeacherPass:
