@@ -135,17 +135,40 @@ def test_workers_change_nothing(build, prepared, on_the_fly, one_thread):
         assert_same(found, expected)
 
 
-def test_a_signal_to_stop_leaves_the_workers_alone(build):
+def test_a_signal_to_stop_leaves_the_workers_alone(build, monkeypatch):
     expected = list(build().train_batches(1))
-    others = set(multiprocessing.active_children())
-    batches = build(num_workers=2).train_batches(1)
-    found = [next(batches)]
-    workers = set(multiprocessing.active_children()) - others
-    assert len(workers) == 2
-    for worker in workers:
-        os.kill(worker.pid, signal.SIGTERM)
-        os.kill(worker.pid, signal.SIGINT)
-    assert_same(found + list(batches), expected)
+    stopped = []
+    start = multiprocessing.Process.start
+
+    def start_and_stop(process):
+        """The signals come as early as they can: a worker has no time to ask for being left alone."""
+        start(process)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(process.pid, number)
+        stopped.append(process.pid)
+
+    monkeypatch.setattr(multiprocessing.Process, "start", start_and_stop)
+    assert_same(list(build(num_workers=2).train_batches(1)), expected)
+    assert len(stopped) == 2
+
+
+def test_the_training_hears_a_signal_to_stop_all_the_same(build, monkeypatch):
+    heard = []
+    monkeypatch.setattr(multiprocessing.Process, "start", _signalled(multiprocessing.Process.start))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        next(build(num_workers=1).train_batches(1))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]
+
+
+def _signalled(start):
+    def start_signalled(process):
+        os.kill(os.getpid(), signal.SIGTERM)
+        start(process)
+
+    return start_signalled
 
 
 def test_noise_is_only_read_for_training(build):

@@ -7,6 +7,7 @@ Skipping draws cuts without reading audio or features.
 T feature frames, T' encoder frames, U tokens.
 """
 
+import contextlib
 import hashlib
 import itertools
 import logging
@@ -353,12 +354,18 @@ def duration_bins(cuts: Sequence[Cut], num_buckets: int) -> List[float]:
     return limits[: max(1, num_buckets - 1)]
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """A signal to stop often goes to the whole process group. The training answers it by saving, for which it
-    may still need batches; a worker ends when the training has ended.
+@contextlib.contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Processes started in here never hear a signal to stop, from the first moment on: they inherit a mask.
+
+    Such a signal often goes to the whole process group. The training answers it by saving, for which it may
+    still need batches; a worker ends when the training has ended. A signal that comes meanwhile is not lost.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _load(dataset: CutDataset, items: Iterable[Tuple[int, List[Cut]]], num_workers: int) -> Iterator[Batch]:
@@ -366,10 +373,10 @@ def _load(dataset: CutDataset, items: Iterable[Tuple[int, List[Cut]]], num_worke
     if num_workers > 0:
         # A generator of its own: else asking for batches would move on the random state of the training.
         loader = torch.utils.data.DataLoader(
-            dataset, sampler=items, batch_size=None, num_workers=num_workers, generator=torch.Generator(),
-            worker_init_fn=_leave_signals_to_the_parent,
+            dataset, sampler=items, batch_size=None, num_workers=num_workers, generator=torch.Generator()
         )  # fmt: skip
-        results = iter(loader)
+        with _stop_signals_blocked():
+            results = iter(loader)
     else:
         results = (dataset[item] for item in items)
     try:
