@@ -154,21 +154,19 @@ def test_a_signal_to_stop_leaves_the_workers_alone(build, monkeypatch):
 
 def test_the_training_hears_a_signal_to_stop_all_the_same(build, monkeypatch):
     heard = []
-    monkeypatch.setattr(multiprocessing.Process, "start", _signalled(multiprocessing.Process.start))
+    start = multiprocessing.Process.start
+
+    def be_stopped_and_start(process):
+        os.kill(os.getpid(), signal.SIGTERM)
+        start(process)
+
+    monkeypatch.setattr(multiprocessing.Process, "start", be_stopped_and_start)
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     try:
         next(build(num_workers=1).train_batches(1))
     finally:
         signal.signal(signal.SIGTERM, before)
     assert heard == [signal.SIGTERM]
-
-
-def _signalled(start):
-    def start_signalled(process):
-        os.kill(os.getpid(), signal.SIGTERM)
-        start(process)
-
-    return start_signalled
 
 
 def test_noise_is_only_read_for_training(build):

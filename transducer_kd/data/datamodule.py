@@ -374,7 +374,7 @@ def _load(dataset: CutDataset, items: Iterable[Tuple[int, List[Cut]]], num_worke
         # A generator of its own: else asking for batches would move on the random state of the training.
         loader = torch.utils.data.DataLoader(
             dataset, sampler=items, batch_size=None, num_workers=num_workers, generator=torch.Generator()
-        )  # fmt: skip
+        )
         with _stop_signals_blocked():
             results = iter(loader)
     else:

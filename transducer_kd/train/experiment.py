@@ -18,6 +18,8 @@ from transducer_kd.config import PhaseConfig, flat, from_dict, to_dict
 from transducer_kd.log import UserError, check_disk_space, read_json, write_json
 from transducer_kd.train import ddp
 
+_CODE = Path(__file__).resolve().parent
+
 # Settings that may change between a run and its continuation: they say where and how often, not what is
 # computed.
 _MAY_CHANGE = {
@@ -123,10 +125,7 @@ def _version(name: str) -> Optional[str]:
         return None
 
 
-_PACKAGE = Path(__file__).resolve().parent
-
-
-def git_commit(folder: Path = _PACKAGE) -> str:
+def git_commit(folder: Path = _CODE) -> str:
     """Commit of the code that `folder` is part of, "-dirty" where tracked files differ, or "unknown".
 
     Text is no code: the reports write their results into the tracked README.md and RESULTS.md.
