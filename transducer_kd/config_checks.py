@@ -45,7 +45,7 @@ _RANGES = {
     "data.pseudo_share optim.betas pruning.sparsity pruning.initial_sparsity",
     "(0, 1]": "data.train_share wav2vec2.mask_prob",
     "[-1, inf)": "init.epoch teacher.epoch teacher.chunk_size",
-    "[0, 1]": "loss.lm_scale loss.am_scale spec_augment.max_time_mask_fraction data.musan_prob "
+    "[0, 1]": "loss.lm_scale loss.am_scale spec_augment.max_time_mask_fraction data.musan_prob data.silence_prob "
     "optim.final_lr_ratio two_pass.rnnt_weight two_pass.las_kd_weight",
     "[0, 2147483648)": "data.seed train.seed",
     "(-inf, inf)": "data.musan_snr_db",
@@ -145,6 +145,11 @@ def _check_objective(config: Any, origin: str) -> None:
         raise UserError(
             f"{origin}: objective=wav2vec2 hides spans of its own (wav2vec2.mask_prob): set "
             "spec_augment.enabled=false"
+        )
+    if name == "wav2vec2" and config.data.silence_prob:
+        raise UserError(
+            f"{origin}: objective=wav2vec2 has nothing to learn from silence, all of whose frames are alike: set "
+            "data.silence_prob=0"
         )
     has_teacher = config.teacher.kind != "none"
     if name == "distill" and not kd:

@@ -139,7 +139,7 @@ train_stage() {
 # Trains what is queued: one after the other, or up to $jobs at once, each as soon as nothing that it is made from is
 # queued before it or running. When one fails the others save what they have and stop.
 train_queued() {
-  local item phase left
+  local item phase left beside
   while [ "${#queue[@]}" -gt 0 ] || [ "${#running[@]}" -gt 0 ]; do
     left=()
     for item in ${queue[@]+"${queue[@]}"}; do
@@ -147,7 +147,9 @@ train_queued() {
       if [ "$jobs" = 1 ]; then
         train_now "${item%%:*}" "$phase"
       elif [ "${#running[@]}" -lt "$jobs" ] && ! has_parent_in "$phase" "${left[*]-} ${running[*]-}"; then
-        train_beside "${item%%:*}" "$phase" &
+        beside=1
+        if [ "${#running[@]}" -gt 0 ] || can_join "$phase"; then beside=$jobs; fi
+        train_beside "$beside" "${item%%:*}" "$phase" &
         running[$!]=$phase
       else
         left+=("$item")
@@ -171,16 +173,24 @@ stop_with() {
   stop_running
   exit "$1"
 }
-# train_now in a process of its own.
+# train_now, of "${@:2}", in a process of its own that shares the cores with $1 - 1 others.
 train_beside() {
   trap on_exit EXIT
   trap on_signal INT TERM HUP
   is_beside=1 running=() current_stage=""
-  share_cores "$((nproc * jobs))"
-  train_now "$@"
+  share_cores "$((nproc * $1))"
+  train_now "${@:2}"
 }
 train_now() {
   run_stage "$1" "$2" "$exp_root/$2/.done" "$(phase_fingerprint "$2"; dependencies "$2")" train "$2"
+}
+# Whether any queued phase could be trained beside $1: a phase that all others wait for gets all cores.
+can_join() {
+  local item
+  for item in "${queue[@]}"; do
+    [ "${item#*:}" = "$1" ] || has_parent_in "${item#*:}" "${queue[*]}" || return 0
+  done
+  return 1
 }
 # Whether a phase that $1 is made from is among the words $2, which may be STAGE:PHASE.
 has_parent_in() {

@@ -29,6 +29,7 @@ from transducer_kd.data.dataset import CutDataset, NoiseMixer, batches_by_durati
 from transducer_kd.data.features import SAMPLING_RATE, FeatureExtractor
 from transducer_kd.data.manifests import read_manifest
 from transducer_kd.data.pseudo_labels import load_pseudo_labels, read_soft_targets
+from transducer_kd.data.silence import SilenceMixer
 from transducer_kd.data.tokenizer import UNK_ID, Tokenizer
 from transducer_kd.log import UserError
 
@@ -72,6 +73,9 @@ class DataModule:
             raise UserError("data.musan_cuts mixes noise into audio: it needs data.on_the_fly_feats=true")
         self._extractor = FeatureExtractor() if cfg.on_the_fly_feats else None
         self._mixer: Optional[NoiseMixer] = None  # read when training begins: decoding needs no noise
+        self._silence: Optional[SilenceMixer] = None
+        if cfg.silence_prob > 0:
+            self._silence = SilenceMixer(cfg.silence_prob, self._extractor or FeatureExtractor())
 
     # ---------------------------------------------------------------- batches
 
@@ -92,6 +96,7 @@ class DataModule:
             self._mixer,
             f"{self.cfg.seed}/{epoch}{rank_text}",
             self._read_soft if self.soft_targets else None,
+            self._silence,
         )
         yield from _load(dataset, itertools.islice(drawn, start_batch, None), self.cfg.num_workers)
 

@@ -14,6 +14,7 @@ from lhotse.cut import Cut
 
 from transducer_kd.data.batch import Batch, collate
 from transducer_kd.data.features import SAMPLING_RATE, FeatureExtractor, num_frames
+from transducer_kd.data.silence import SilenceMixer
 from transducer_kd.data.tokenizer import Tokenizer
 from transducer_kd.log import UserError
 
@@ -80,6 +81,8 @@ class CutDataset(torch.utils.data.Dataset):
     The error travels as a value because DataLoader would wrap one raised in a worker into a page of
     traceback. Noise depends on (seed_text, index) alone, so any number of workers gives the same batches.
     read_soft: from a pseudo-labelled cut to its teacher's encoder output (T',D), where that is asked for.
+    silence: adds an utterance without words to some batches, and silence around the others' words, though not to
+    those whose stored teacher output would no longer fit.
     """
 
     def __init__(
@@ -89,9 +92,10 @@ class CutDataset(torch.utils.data.Dataset):
         mixer: Optional[NoiseMixer] = None,
         seed_text: str = "",
         read_soft: Optional[Callable[[Cut], np.ndarray]] = None,
+        silence: Optional[SilenceMixer] = None,
     ):
         self.tokenizer, self.extractor, self.mixer, self.seed_text = tokenizer, extractor, mixer, seed_text
-        self.read_soft = read_soft
+        self.read_soft, self.silence = read_soft, silence
 
     def __getitem__(self, item: Tuple[int, Sequence[Cut]]) -> Union[Batch, UserError]:
         index, cuts = item
@@ -106,9 +110,15 @@ class CutDataset(torch.utils.data.Dataset):
                 ]
         except UserError as e:
             return e
-        texts = [cut_text(cut) for cut in cuts]
+        texts, ids = [cut_text(cut) for cut in cuts], [cut.id for cut in cuts]
         tokens = self.tokenizer.encode(texts)
-        return collate(features, tokens, [cut.id for cut in cuts], texts, is_pseudo, teacher_out)
+        if self.silence is not None and self.silence.is_due(rng):
+            stored = teacher_out or [None] * len(cuts)
+            features, silent = self.silence(features, [matrix is None for matrix in stored], rng)
+            features, tokens, is_pseudo = [*features, silent], [*tokens, []], [*is_pseudo, False]
+            texts, ids = [*texts, ""], [*ids, f"silence-{index}"]
+            teacher_out = teacher_out and [*teacher_out, None]
+        return collate(features, tokens, ids, texts, is_pseudo, teacher_out)
 
     def _features(self, cut: Cut, rng: random.Random) -> np.ndarray:
         if self.extractor is None:

@@ -1,0 +1,67 @@
+"""Silence for training: before and after the words, and utterances that have none.
+
+Every utterance of a corpus has words, so a model that knows nothing else takes words for certain: it says one in
+a silent room. A device hears silence most of the time. Silence around the words alone does not teach it
+otherwise (the model waits for words that have always come); utterances without any do.
+
+S samples, T feature frames, C mel bins.
+"""
+
+import random
+from typing import List, NamedTuple, Sequence
+
+import numpy as np
+from scipy.signal import lfilter
+
+from transducer_kd.data.batch import FRAME_SHIFT_S
+from transducer_kd.data.features import SAMPLING_RATE, FeatureExtractor
+
+_DIGITAL_SHARE = 0.3  # of the silences that are zeros throughout; the others are a quiet noise
+_LEVEL_DB = (-95.0, -50.0)  # RMS of the noise, 0 being a sample of 1
+_AROUND_S = (0.1, 2.0)
+_WITHOUT_WORDS_S = (0.3, 4.0)
+
+
+class WithSilence(NamedTuple):
+    """What `SilenceMixer` makes of the utterances of a batch."""
+
+    features: List[np.ndarray]  # of every utterance (T,C), with silence where it was asked for
+    silent: np.ndarray  # (T,C) of an utterance without words
+
+
+class SilenceMixer:
+    """Gives a share `prob` of the batches silence; `rng` alone decides which, how long and how loud."""
+
+    def __init__(self, prob: float, extractor: FeatureExtractor):
+        self.prob, self.extractor = prob, extractor
+
+    def is_due(self, rng: random.Random) -> bool:
+        """Whether the batch that `rng` belongs to gets silence."""
+        return rng.random() < self.prob
+
+    def __call__(
+        self, features: Sequence[np.ndarray], may_grow: Sequence[bool], rng: random.Random
+    ) -> WithSilence:
+        """features: (T,C) each; may_grow: which of them get silence before and after their words."""
+        grown = [
+            np.concatenate([self._silence(_AROUND_S, rng), matrix, self._silence(_AROUND_S, rng)])
+            if may
+            else matrix
+            for matrix, may in zip(features, may_grow)
+        ]
+        return WithSilence(grown, self._silence(_WITHOUT_WORDS_S, rng))
+
+    def _silence(self, range_s: Sequence[float], rng: random.Random) -> np.ndarray:
+        """(T,C) of a silence whose length is drawn from `range_s`."""
+        return self.extractor.extract(silence(rng.uniform(*range_s), rng))
+
+
+def silence(duration_s: float, rng: random.Random) -> np.ndarray:
+    """Samples (S,) float32: zeros, or noise between white and dull, at a level that is heard as silence."""
+    num_samples = max(1, round(duration_s / FRAME_SHIFT_S)) * round(SAMPLING_RATE * FRAME_SHIFT_S)
+    if rng.random() < _DIGITAL_SHARE:
+        return np.zeros(num_samples, dtype=np.float32)
+    noise = np.random.default_rng(rng.getrandbits(32)).standard_normal(num_samples)
+    noise = lfilter([1.0], [1.0, -rng.uniform(0.0, 0.95)], noise)  # one pole: how dull it is
+    gain = 10.0 ** (rng.uniform(*_LEVEL_DB) / 20.0) / np.sqrt(np.mean(noise**2))
+    return (gain * noise).astype(np.float32)
