@@ -45,8 +45,8 @@ _RANGES = {
     "data.pseudo_share optim.betas pruning.sparsity pruning.initial_sparsity",
     "(0, 1]": "data.train_share wav2vec2.mask_prob",
     "[-1, inf)": "init.epoch teacher.epoch teacher.chunk_size",
-    "[0, 1]": "loss.lm_scale loss.am_scale spec_augment.max_time_mask_fraction data.musan_prob data.silence_prob "
-    "optim.final_lr_ratio two_pass.rnnt_weight two_pass.las_kd_weight",
+    "[0, 1]": "loss.lm_scale loss.am_scale spec_augment.max_time_mask_fraction data.musan_prob "
+    "data.silence_prob optim.final_lr_ratio two_pass.rnnt_weight two_pass.las_kd_weight",
     "[0, 2147483648)": "data.seed train.seed",
     "(-inf, inf)": "data.musan_snr_db",
     "[80, 80]": "model.encoder.feature_dim",
@@ -148,8 +148,8 @@ def _check_objective(config: Any, origin: str) -> None:
         )
     if name == "wav2vec2" and config.data.silence_prob:
         raise UserError(
-            f"{origin}: objective=wav2vec2 has nothing to learn from silence, all of whose frames are alike: set "
-            "data.silence_prob=0"
+            f"{origin}: objective=wav2vec2 has nothing to learn from silence, all of whose frames are alike: "
+            "set data.silence_prob=0"
         )
     has_teacher = config.teacher.kind != "none"
     if name == "distill" and not kd:

@@ -81,8 +81,8 @@ class CutDataset(torch.utils.data.Dataset):
     The error travels as a value because DataLoader would wrap one raised in a worker into a page of
     traceback. Noise depends on (seed_text, index) alone, so any number of workers gives the same batches.
     read_soft: from a pseudo-labelled cut to its teacher's encoder output (T',D), where that is asked for.
-    silence: adds an utterance without words to some batches, and silence around the others' words, though not to
-    those whose stored teacher output would no longer fit.
+    silence: adds an utterance without words to some batches, and silence around the others' words, though not
+    to those whose stored teacher output would no longer fit.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Silence for training: before and after the words, and utterances that have none.
 
-Every utterance of a corpus has words, so a model that knows nothing else takes words for certain: it says one in
-a silent room. A device hears silence most of the time. Silence around the words alone does not teach it
+Every utterance of a corpus has words, so a model that knows nothing else takes words for certain: it says one
+in a silent room. A device hears silence most of the time. Silence around the words alone does not teach it
 otherwise (the model waits for words that have always come); utterances without any do.
 
 S samples, T feature frames, C mel bins.
