@@ -92,6 +92,8 @@ def test_mistakes_in_an_override_are_named(override, message):
         ("data.max_cut_s=.inf", "must be finite"),
         ("data.num_workers=-1", "must be 0 or more"),
         ("data.musan_prob=2", r"must be in \[0, 1\]"),
+        ("data.silence_prob=-0.1", r"data\.silence_prob=-0\.1 must be in \[0, 1\]"),
+        ("data.silence_prob=1.1", r"must be in \[0, 1\]"),
         ("data.musan_snr_db=[10]", "must be two numbers"),
         ("data.musan_snr_db=[20, 10]", "lowest, then the highest"),
         ("data.musan_snr_db=[.nan, 10]", "must be finite"),
@@ -151,6 +153,10 @@ DISTILL = ["objective=distill", "distill.weight=1"]
         (
             ["objective=wav2vec2"],
             r"objective=wav2vec2 hides spans of its own .*: set spec_augment\.enabled=false",
+        ),
+        (
+            ["objective=wav2vec2", "spec_augment.enabled=false", "data.silence_prob=0.1"],
+            r"objective=wav2vec2 has nothing to learn from silence.*: set data\.silence_prob=0",
         ),
         (["wav2vec2.gumbel_end=3"], r"gumbel_end=3\.0 must not be above gumbel_start=2\.0"),
         (
@@ -239,6 +245,7 @@ def test_objectives_use_what_is_asked_for(overrides, message):
         [*DISTILL, *TEACHER, "distill.utterances=pseudo", "distill.stored=true", "loss.pseudo_weight=0"],
         ["objective=transducer", "data.pseudo_share=0.5", "loss.pseudo_weight=0.5"],
         ["objective=las", *LAS],
+        ["objective=las", *LAS, "data.silence_prob=1"],
         ["objective=dual_mode", *UNITS, "pruning.sparsity=0.5", "distill.weight=1"],
         ["objective=wav2vec2", "spec_augment.enabled=false", *UNITS],
         ["objective=las", *LAS, "two_pass.las_kd_weight=1", *TEACHER],

@@ -220,7 +220,8 @@ class DataConfig:
     musan_cuts: str = ""  # CutSet of noise to mix in, needs on_the_fly_feats
     musan_prob: float = 0.5
     musan_snr_db: List[float] = field(default_factory=lambda: [10.0, 20.0])
-    # Share of the batches in training that get silence around their words and an utterance without words.
+    # Share of the batches in training that get silence around their words and an utterance without words,
+    # both on top of max_duration_s.
     silence_prob: float = 0.0
     seed: int = 42
 

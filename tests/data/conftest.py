@@ -1,17 +1,29 @@
-"""A tiny corpus in LibriSpeech layout, prepared once, and a way to run the programs of `local/` in this
-process.
+"""A tiny corpus in LibriSpeech layout, prepared once, what makes batches of it, and a way to run the programs
+of `local/` in this process.
 """
 
+import dataclasses
 import importlib.util
 import logging
+import sys
 from pathlib import Path
 from typing import Callable, List, NamedTuple
 
 import numpy as np
 import pytest
 import soundfile
+import torch
+from lhotse import CutSet
 
+from transducer_kd.config import DataConfig
+from transducer_kd.data.datamodule import DataModule
+from transducer_kd.data.pseudo_labels import pack_soft, set_sha256
+from transducer_kd.data.tokenizer import Tokenizer
+from transducer_kd.data.validate import save_manifest
 from transducer_kd.log import run_main
+
+sys.path.insert(0, str(Path(__file__).parent))
+from batches import encoder_lens  # noqa: E402
 
 LOCAL = Path(__file__).resolve().parents[2] / "local"
 WORDS = "TURN ON THE LIGHTS IN KITCHEN PLAY MUSIC SET A TIMER FOR TEN MINUTES CALL ANNA".split()
@@ -114,3 +126,46 @@ def prepared(tmp_path_factory) -> Prepared:
     root.handlers[:] = handlers
     root.setLevel(level)
     return made
+
+
+@pytest.fixture
+def build(prepared):
+    """Function: a DataModule of `prepared`, with other settings of DataConfig where they are given."""
+
+    def make(world_size=1, rank=0, lens=encoder_lens, soft_targets=False, needs_text=True, **settings):
+        config = DataConfig(fbank_dir=str(prepared.fbank), lang_dir=str(prepared.lang), max_duration_s=12.0)
+        config = dataclasses.replace(config, **settings)
+        tokenizer = Tokenizer(prepared.lang)
+        return DataModule(config, tokenizer, lens, world_size, rank, soft_targets, needs_text)
+
+    return make
+
+
+@pytest.fixture
+def one_thread():
+    """As a loader's workers have: features that several threads compute may differ in their last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def label(prepared, tmp_path):
+    """Function: pseudo-labels of part test, with stored teachers of 6 channels, all of cut n being n."""
+
+    def make(text="TURN ON THE MUSIC"):
+        cuts = list(CutSet.from_file(prepared.fbank / "cuts_test.jsonl.gz"))
+        (tmp_path / "units").mkdir()
+        with open(tmp_path / "units" / "00000.soft", "wb") as f:
+            for n, cut in enumerate(cuts):
+                cut.supervisions[0].text = text
+                soft = {"path": "units/00000.soft", "offset": f.tell(), "dim": 6, "dtype": "float16"}
+                soft["frames"] = encoder_lens(cut.num_frames)
+                cut.custom = {"score": -1.0, "confidence": 0.9, "teacher_sha256": "a" * 64, "soft": soft}
+                f.write(pack_soft(np.full((soft["frames"], 6), n, np.float32), "float16"))
+        save_manifest(cuts, tmp_path / "cuts.jsonl.gz")
+        (tmp_path / "summary.json").write_text(f'{{"sha256": "{set_sha256(cuts)}"}}')
+        return str(tmp_path), {cut.id: n for n, cut in enumerate(cuts)}
+
+    return make

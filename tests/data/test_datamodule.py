@@ -3,7 +3,6 @@ silently.
 """
 
 import collections
-import dataclasses
 import itertools
 import logging
 import multiprocessing
@@ -15,62 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from lhotse import CutSet
 
-from transducer_kd.config import DataConfig
 from transducer_kd.data import dataset as dataset_module
-from transducer_kd.data.datamodule import DataModule, duration_bins, load_cuts, piece_of_epoch, share_of
+from transducer_kd.data.datamodule import duration_bins, load_cuts, piece_of_epoch, share_of
 from transducer_kd.data.dataset import mix_at_snr
-from transducer_kd.data.pseudo_labels import pack_soft, set_sha256
 from transducer_kd.data.tokenizer import Tokenizer
 from transducer_kd.data.validate import save_manifest
 from transducer_kd.log import UserError
 
-
-def encoder_lens(frames: int) -> int:
-    return ((frames - 1) // 2 - 1) // 2
-
-
-@pytest.fixture
-def build(prepared):
-    def make(world_size=1, rank=0, lens=encoder_lens, soft_targets=False, needs_text=True, **settings):
-        config = DataConfig(fbank_dir=str(prepared.fbank), lang_dir=str(prepared.lang), max_duration_s=12.0)
-        config = dataclasses.replace(config, **settings)
-        tokenizer = Tokenizer(prepared.lang)
-        return DataModule(config, tokenizer, lens, world_size, rank, soft_targets, needs_text)
-
-    return make
-
-
-@pytest.fixture
-def one_thread():
-    """As a loader's workers have: features that several threads compute may differ in their last bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def ids_of(batches):
-    return [cut_id for batch in batches for cut_id in batch.cut_ids]
-
-
-def assert_same(found, expected):
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected):
-        assert a.cut_ids == b.cut_ids and a.texts == b.texts
-        for name in (
-            "features",
-            "feature_lens",
-            "y",
-            "y_lens",
-            "is_pseudo",
-            "teacher_out",
-            "teacher_out_lens",
-        ):
-            x, z = getattr(a, name), getattr(b, name)
-            assert (x is z is None) or torch.equal(x, z), name
+sys.path.insert(0, str(Path(__file__).parent))
+from batches import assert_same, encoder_lens, ids_of  # noqa: E402
 
 
 def test_an_epoch_holds_every_cut_once_and_epochs_differ(build):
@@ -322,27 +276,6 @@ def test_noise_without_audio_to_mix_it_into_is_refused(build, prepared):
 
 
 # ---------------------------------------------------------------- pseudo-labels
-
-
-@pytest.fixture
-def label(prepared, tmp_path):
-    """Function: pseudo-labels of part test, with stored teachers of 6 channels, all of cut n being n."""
-
-    def make(text="TURN ON THE MUSIC"):
-        cuts = list(CutSet.from_file(prepared.fbank / "cuts_test.jsonl.gz"))
-        (tmp_path / "units").mkdir()
-        with open(tmp_path / "units" / "00000.soft", "wb") as f:
-            for n, cut in enumerate(cuts):
-                cut.supervisions[0].text = text
-                soft = {"path": "units/00000.soft", "offset": f.tell(), "dim": 6, "dtype": "float16"}
-                soft["frames"] = encoder_lens(cut.num_frames)
-                cut.custom = {"score": -1.0, "confidence": 0.9, "teacher_sha256": "a" * 64, "soft": soft}
-                f.write(pack_soft(np.full((soft["frames"], 6), n, np.float32), "float16"))
-        save_manifest(cuts, tmp_path / "cuts.jsonl.gz")
-        (tmp_path / "summary.json").write_text(f'{{"sha256": "{set_sha256(cuts)}"}}')
-        return str(tmp_path), {cut.id: n for n, cut in enumerate(cuts)}
-
-    return make
 
 
 def test_pseudo_labels_join_the_training_parts(build, prepared, label):

@@ -26,7 +26,7 @@ class Batch:
     features      (N,T,C) float32 log-mel; frames beyond an utterance's length are PADDING_VALUE
     feature_lens  (N,) int64, at least one of them is T
     y             (N,U) int64 token ids without blank, padded with 0; U is at least 1
-    y_lens        (N,) int64, may be 0 where a test utterance has no transcript
+    y_lens        (N,) int64, may be 0: a test utterance without a transcript, silence in training
     cut_ids       N names of utterances
     texts         N normalised transcripts
     is_pseudo     (N,) bool: the transcript is a teacher's; none is, where it is left out

@@ -1,4 +1,5 @@
-"""From cuts to a Batch: features read from disk or computed on the fly, noise mixed in, texts tokenised.
+"""From cuts to a Batch: features read from disk or computed on the fly, noise and silence mixed in, texts
+tokenised.
 
 T feature frames, C mel bins, S samples.
 """
@@ -79,7 +80,8 @@ class CutDataset(torch.utils.data.Dataset):
     """Map-style: from (index of the batch, its cuts) to a Batch, or to the UserError that stopped it.
 
     The error travels as a value because DataLoader would wrap one raised in a worker into a page of
-    traceback. Noise depends on (seed_text, index) alone, so any number of workers gives the same batches.
+    traceback. Noise and silence depend on (seed_text, index) alone, so any number of workers gives the same
+    batches.
     read_soft: from a pseudo-labelled cut to its teacher's encoder output (T',D), where that is asked for.
     silence: adds an utterance without words to some batches, and silence around the others' words, though not
     to those whose stored teacher output would no longer fit.
@@ -101,7 +103,7 @@ class CutDataset(torch.utils.data.Dataset):
         index, cuts = item
         rng = random.Random(f"{self.seed_text}/{index}")
         is_pseudo = [is_pseudo_labelled(cut) for cut in cuts]
-        teacher_out = None
+        teacher_out: List[Optional[np.ndarray]] = [None] * len(cuts)
         try:
             features = [self._features(cut, rng) for cut in cuts]
             if self.read_soft is not None:
@@ -113,11 +115,13 @@ class CutDataset(torch.utils.data.Dataset):
         texts, ids = [cut_text(cut) for cut in cuts], [cut.id for cut in cuts]
         tokens = self.tokenizer.encode(texts)
         if self.silence is not None and self.silence.is_due(rng):
-            stored = teacher_out or [None] * len(cuts)
-            features, silent = self.silence(features, [matrix is None for matrix in stored], rng)
-            features, tokens, is_pseudo = [*features, silent], [*tokens, []], [*is_pseudo, False]
-            texts, ids = [*texts, ""], [*ids, f"silence-{index}"]
-            teacher_out = teacher_out and [*teacher_out, None]
+            features = self.silence(features, [stored is None for stored in teacher_out], rng)
+            # The utterance without words is the last one.
+            ids.append(f"silence-{index}")
+            texts.append("")
+            tokens.append([])
+            is_pseudo.append(False)
+            teacher_out.append(None)
         return collate(features, tokens, ids, texts, is_pseudo, teacher_out)
 
     def _features(self, cut: Cut, rng: random.Random) -> np.ndarray:

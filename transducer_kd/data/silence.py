@@ -8,25 +8,17 @@ S samples, T feature frames, C mel bins.
 """
 
 import random
-from typing import List, NamedTuple, Sequence
+from typing import List, Sequence
 
 import numpy as np
-from scipy.signal import lfilter
 
 from transducer_kd.data.batch import FRAME_SHIFT_S
 from transducer_kd.data.features import SAMPLING_RATE, FeatureExtractor
 
 _DIGITAL_SHARE = 0.3  # of the silences that are zeros throughout; the others are a quiet noise
-_LEVEL_DB = (-95.0, -50.0)  # RMS of the noise, 0 being a sample of 1
-_AROUND_S = (0.1, 2.0)
+_LEVEL_DB = (-95.0, -50.0)  # RMS of the noise; 0 is that of samples of 1
+_AROUND_S = (0.1, 2.0)  # on each side of the words
 _WITHOUT_WORDS_S = (0.3, 4.0)
-
-
-class WithSilence(NamedTuple):
-    """What `SilenceMixer` makes of the utterances of a batch."""
-
-    features: List[np.ndarray]  # of every utterance (T,C), with silence where it was asked for
-    silent: np.ndarray  # (T,C) of an utterance without words
 
 
 class SilenceMixer:
@@ -41,15 +33,16 @@ class SilenceMixer:
 
     def __call__(
         self, features: Sequence[np.ndarray], may_grow: Sequence[bool], rng: random.Random
-    ) -> WithSilence:
-        """features: (T,C) each; may_grow: which of them get silence before and after their words."""
+    ) -> List[np.ndarray]:
+        """(T,C) of each utterance of a batch, with silence before and after where it may grow, and of one
+        more that has no words."""
         grown = [
             np.concatenate([self._silence(_AROUND_S, rng), matrix, self._silence(_AROUND_S, rng)])
             if may
             else matrix
             for matrix, may in zip(features, may_grow)
         ]
-        return WithSilence(grown, self._silence(_WITHOUT_WORDS_S, rng))
+        return [*grown, self._silence(_WITHOUT_WORDS_S, rng)]
 
     def _silence(self, range_s: Sequence[float], rng: random.Random) -> np.ndarray:
         """(T,C) of a silence whose length is drawn from `range_s`."""
@@ -57,10 +50,13 @@ class SilenceMixer:
 
 
 def silence(duration_s: float, rng: random.Random) -> np.ndarray:
-    """Samples (S,) float32: zeros, or noise between white and dull, at a level that is heard as silence."""
+    """Samples (S,) float32 of whole frames: zeros, or noise between white and dull, at a level that is heard
+    as silence."""
     num_samples = max(1, round(duration_s / FRAME_SHIFT_S)) * round(SAMPLING_RATE * FRAME_SHIFT_S)
     if rng.random() < _DIGITAL_SHARE:
         return np.zeros(num_samples, dtype=np.float32)
+    from scipy.signal import lfilter  # here: it takes a third of a second, and decoding needs none
+
     noise = np.random.default_rng(rng.getrandbits(32)).standard_normal(num_samples)
     noise = lfilter([1.0], [1.0, -rng.uniform(0.0, 0.95)], noise)  # one pole: how dull it is
     gain = 10.0 ** (rng.uniform(*_LEVEL_DB) / 20.0) / np.sqrt(np.mean(noise**2))
