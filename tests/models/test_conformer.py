@@ -87,7 +87,7 @@ def test_streams_that_start_at_different_times_share_a_batch():
 
 def test_state_has_the_shapes_of_the_device_runtime():
     state = make_encoder(num_layers=3, left_context=5).streaming_init(4, torch.device("cpu"))
-    assert state.cached_attn.shape == (3, 5, 4, 16)
+    assert state.cached_attn.shape == (3, 5, 4, 2 * 16)  # keys and values
     assert state.cached_conv.shape == (3, 7 // 2, 4, 16)
     assert state.processed_lens.shape == (4,) and state.processed_lens.dtype == torch.int64
 

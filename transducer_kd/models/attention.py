@@ -1,8 +1,8 @@
 """Multi-head self-attention with rotary position embedding (RoFormer, arXiv:2104.09864).
 
 Rotating queries and keys by an angle proportional to their position makes the scores depend on distances
-only. So a streaming cache can hold a layer's inputs: positions are counted anew, from the oldest cached
-frame, in every chunk.
+only. So a streaming cache can hold keys that are not rotated yet: positions are counted anew, from the oldest
+cached frame, in every chunk.
 
 Shapes: N batch, T frames, D model dimension, H heads, E channels of a head, M cached frames.
 """
@@ -10,7 +10,7 @@ Shapes: N batch, T frames, D model dimension, H heads, E channels of a head, M c
 from __future__ import annotations
 
 import math
-from typing import Optional, Tuple
+from typing import Tuple
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,8 @@ def attend_matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """The same as attend_matmul in torch's own kernel, which torch 1.13 does not have."""
+    if torch.onnx.is_in_onnx_export():  # the same graph from every torch
+        return attend_matmul(q, k, v, bias)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
 
 
@@ -84,28 +86,32 @@ class SelfAttention(nn.Module):
         nn.init.xavier_uniform_(self.qkv.weight, gain=1 / math.sqrt(2))
         nn.init.zeros_(self.qkv.bias)
 
-    def forward(self, x: Tensor, rotary: Tensor, bias: Tensor, cache: Optional[Tensor] = None) -> Tensor:
-        """Attend from x (N, T, D) to cache (N, M, D) and x.
+    def forward(self, x: Tensor, rotary: Tensor, bias: Tensor) -> Tensor:
+        """Attend from x (N, T, D) to itself.
 
-        rotary: RotaryTable's (2, M+T, 1, 1, E/2); bias: broadcast to (N, H, T, M+T). Returns (N, T, D).
+        rotary: RotaryTable's (2, T, 1, 1, E/2); bias: broadcast to (N, H, T, T). Returns (N, T, D).
         """
-        if cache is None:
-            # Split, not sliced: the backward of slices fills and adds full-size tensors.
-            qk, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).split([2, 1], dim=2)
-            q, k = rotate(qk, rotary).unbind(2)
-            v = v.squeeze(2)
-        else:
-            q, k, v = self._project_with_cache(x, cache, rotary)
+        # Split, not sliced: the backward of slices fills and adds full-size tensors.
+        qk, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).split([2, 1], dim=2)
+        q, k = rotate(qk, rotary).unbind(2)
+        return self._attend(q, k, v.squeeze(2), bias)
+
+    def streaming(self, x: Tensor, rotary: Tensor, bias: Tensor, cache: Tensor) -> Tuple[Tensor, Tensor]:
+        """Attend from a chunk x (N, T, D) to the M frames before it and itself.
+
+        cache (N, M, 2HE): their keys, not rotated, and values. rotary: (2, M+T, 1, 1, E/2); bias: broadcast to
+        (N, H, T, M+T). Returns (N, T, D) and the cache for the next chunk.
+        """
+        q, kv = self.qkv(x).split([self.inner_dim, 2 * self.inner_dim], dim=-1)
+        kv = torch.cat([cache, kv], dim=1)
+        q = q.unflatten(-1, (1, self.num_heads, self.head_dim))
+        k, v = kv.unflatten(-1, (2, self.num_heads, self.head_dim)).split([1, 1], dim=2)
+        q, k = rotate(q, rotary[:, cache.size(1) :]), rotate(k, rotary)
+        return self._attend(q.squeeze(2), k.squeeze(2), v.squeeze(2), bias), kv[:, x.size(1) :]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """q (N, T, H, E), k and v (N, M+T, H, E) -> (N, T, D)."""
         # Under autocast the rotation has promoted q and k to float32.
         q, k = q.to(v.dtype), k.to(v.dtype)
         y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias)
         return self.out(y.transpose(1, 2).flatten(2))
-
-    def _project_with_cache(self, x: Tensor, cache: Tensor, rotary: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-        """Queries of x only, keys and values of cache and x: (N, T, H, E), (N, M+T, H, E) twice."""
-        weight, bias, inner = self.qkv.weight, self.qkv.bias, self.inner_dim
-        q = F.linear(x, weight[:inner], bias[:inner]).unflatten(-1, (1, self.num_heads, self.head_dim))
-        kv = F.linear(torch.cat([cache, x], dim=1), weight[inner:], bias[inner:])
-        kv = kv.unflatten(-1, (2, self.num_heads, self.head_dim))
-        q = rotate(q, rotary[:, cache.size(1) :])
-        return q[:, :, 0], rotate(kv[:, :, :1], rotary)[:, :, 0], kv[:, :, 1]

@@ -36,7 +36,7 @@ from transducer_kd.models.subsampling import (
 class StreamingState(NamedTuple):
     """What a stream carries from chunk to chunk."""
 
-    cached_attn: Tensor  # (L, left_context, N, D) normalised inputs of the attention
+    cached_attn: Tensor  # (L, left_context, N, 2HE) keys and values of the attention
     cached_conv: Tensor  # (L, K_s - 1, N, D) inputs of the depthwise convolution
     processed_lens: Tensor  # (N,) int64, encoder frames seen so far
 
@@ -148,14 +148,13 @@ class ConformerLayer(nn.Module):
         padding: Optional[Tensor],
         caches: Tuple[Tensor, Tensor],
     ) -> Tuple[Tensor, Tensor, Tensor]:
-        """One chunk x (N, T', D) with caches (left_context, N, D), (K_s-1, N, D). Returns x and the new
+        """One chunk x (N, T', D) with caches (left_context, N, 2HE), (K_s-1, N, D). Returns x and the new
         caches.
         """
         cached_attn, cached_conv = (cache.transpose(0, 1) for cache in caches)
         x = self._add_half(x, self.ff1(self.ff1_norm(x)), self.dropout)
-        y = self.attention_norm(x)
-        x = x + self.attention(y, rotary, bias, cached_attn)
-        new_attn = torch.cat([cached_attn, y], dim=1)[:, y.size(1) :]
+        y, new_attn = self.attention.streaming(self.attention_norm(x), rotary, bias, cached_attn)
+        x = x + y
         y, new_conv = self.conv(self.conv_norm(x), padding, True, cached_conv)
         x = self._add_half(x + y, self.ff2(self.ff2_norm(x + y)), self.dropout)
         return x, new_attn.transpose(0, 1), new_conv.transpose(0, 1)
@@ -216,11 +215,12 @@ class Conformer(nn.Module):
 
     def streaming_init(self, num_streams: int, device: torch.device) -> StreamingState:
         """The state of `num_streams` streams that have heard nothing yet."""
-        cfg = self.cfg
-        shape = (num_streams, cfg.encoder_dim)
+        cfg, attention_dim = self.cfg, self.layers[0].attention.inner_dim
         return StreamingState(
-            torch.zeros(cfg.num_layers, cfg.left_context, *shape, device=device),
-            torch.zeros(cfg.num_layers, cfg.cnn_module_kernel // 2, *shape, device=device),
+            torch.zeros(cfg.num_layers, cfg.left_context, num_streams, 2 * attention_dim, device=device),
+            torch.zeros(
+                cfg.num_layers, cfg.cnn_module_kernel // 2, num_streams, cfg.encoder_dim, device=device
+            ),
             torch.zeros(num_streams, dtype=torch.int64, device=device),
         )
 
@@ -260,15 +260,13 @@ class Conformer(nn.Module):
         """
         x = self.subsampling(x)
         left_context, num_frames = cached_attn.size(1), x.size(1)
-        # Cache slots fill from the right: the slot `left_context - 1` holds the newest frame.
-        slot = torch.arange(left_context, device=x.device)
-        allowed = slot >= (left_context - processed_lens).unsqueeze(1)
-        if out_lens is None:
-            fresh, padding = torch.ones_like(x[..., 0], dtype=torch.bool), None
-        else:
-            fresh = valid_mask(out_lens, num_frames)
-            padding = ~fresh.unsqueeze(-1)
-        bias = attention_bias(torch.cat([allowed, fresh], dim=1))[:, None, None]
+        # Cache slots fill from the right: the slot `left_context - 1` holds the newest frame, the chunk follows it.
+        slot = torch.arange(left_context + num_frames, device=x.device)
+        allowed, padding = slot >= (left_context - processed_lens).unsqueeze(1), None
+        if out_lens is not None:
+            allowed = allowed & (slot < (left_context + out_lens).unsqueeze(1))
+            padding = ~valid_mask(out_lens, num_frames).unsqueeze(-1)
+        bias = attention_bias(allowed)[:, None, None]
         rotary = self.rotary(left_context + num_frames, x.device)
         attn: List[Tensor] = []
         conv: List[Tensor] = []

@@ -132,6 +132,22 @@ class Las(nn.Module):
         scores = torch.zeros(len(flat), device=device).index_add(0, table.token_hyp, tokens)
         return list(scores.split([len(nbest) for nbest in hyps]))
 
+    def score_padded(self, encoder_out: Tensor, y: Tensor, y_lens: Tensor) -> Tensor:
+        """The same scores for the hypotheses of one utterance, tensors in, tensor out, fit for tracing.
+
+        encoder_out (1, T', D), all of it valid; y (B, U) int64, U at least 1, padded with anything; y_lens (B,)
+        int64. Returns (B,).
+        """
+        lens = torch.ones_like(encoder_out[..., 0], dtype=torch.int64).sum(dim=1)
+        lstm_out = self._read(y, y_lens)  # (B, U+1, decoder_dim)
+        context = self._attend(lstm_out.reshape(1, -1, lstm_out.size(-1)), self.memory(encoder_out, lens))
+        logits = self._predict(lstm_out, context.view(lstm_out.size(0), lstm_out.size(1), -1))
+        position = torch.arange(y.size(1) + 1, device=y.device)
+        is_end = position == y_lens.unsqueeze(1)
+        target = F.pad(y, (0, 1)).masked_fill(is_end, SOS_EOS_ID).unsqueeze(-1)
+        found = logits.float().log_softmax(-1).gather(-1, target).squeeze(-1)
+        return found.masked_fill(position > y_lens.unsqueeze(1), 0.0).sum(dim=1)
+
     def memory(self, encoder_out: Tensor, encoder_out_lens: Tensor) -> LasMemory:
         """Keys and values of encoder_out (N, T', D), after the encoder layers of the second pass."""
         num_frames = encoder_out.size(1)

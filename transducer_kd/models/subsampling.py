@@ -70,6 +70,8 @@ class ConvSubsampling(nn.Module):
         gradient for the features, too), and it leaves the memory format that the second convolution is
         fastest in.
         """
+        if torch.onnx.is_in_onnx_export():  # ONNX knows no unfold of an unknown length
+            return self.conv1(x.unsqueeze(1))
         patches = x.unfold(1, 3, 2).unfold(2, 3, 2).flatten(3)
         return F.linear(patches, self.conv1.weight.view(self.channels, 9), self.conv1.bias).permute(
             0, 3, 1, 2

@@ -1,0 +1,85 @@
+"""ONNX files hold what the PyTorch parts compute, and what sherpa-onnx asks of them."""
+
+import onnx
+import pytest
+import torch
+
+from tests.export.conftest import tiny_model
+from transducer_kd.export import graphs, onnx_files
+from transducer_kd.log import UserError
+from transducer_kd.models.attention import RotaryTable
+
+
+def parts(model, offline_model=None):
+    return {part.name: part for part in onnx_files.parts_of(model, offline_model or model)}
+
+
+def written(part, tmp_path):
+    path = tmp_path / f"{part.name}.onnx"
+    onnx_files.write_part(part, path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["encoder-streaming", "encoder-offline", "decoder", "joiner", "las"])
+def test_every_output_is_that_of_pytorch(name, las_model, tmp_path):
+    part = parts(las_model)[name]
+    differences = onnx_files.compare(part, written(part, tmp_path))
+    assert [d.output for d in differences] == list(part.outputs)
+    assert all(d.max_difference < 1e-5 and d.is_passed and d.starts_at is None for d in differences)
+
+
+@pytest.mark.parametrize("left_context, chunk_size", [(8, 1), (3, 4), (0, 2)])
+def test_a_streaming_encoder_of_any_chunk(left_context, chunk_size, tmp_path):
+    part = parts(tiny_model(40, chunk_size, left_context=left_context))["encoder-streaming"]
+    assert all(d.max_difference < 1e-5 for d in onnx_files.compare(part, written(part, tmp_path)))
+
+
+def test_fewer_heads_leave_caches_as_wide_as_the_encoder(tmp_path):
+    model = tiny_model(40)
+    for layer in model.encoder.layers:
+        layer.attention = type(layer.attention)(16, 1, 4)
+    part = parts(model.eval())["encoder-streaming"]
+    assert graphs.cache_dim(model.encoder) == 16 == part.inputs["cached_attn"].size(3)
+    assert all(d.max_difference < 1e-5 for d in onnx_files.compare(part, written(part, tmp_path)))
+
+
+def test_metadata_is_what_sherpa_onnx_makes_its_caches_of(streaming_model, tmp_path):
+    path = written(parts(streaming_model)["encoder-streaming"], tmp_path)
+    found = {p.key: p.value for p in onnx.load(str(path)).metadata_props}
+    assert found == {
+        "model_type": "conformer", "num_encoder_layers": "2", "T": "19", "decode_chunk_len": "16",
+        "pad_length": "3", "left_context": "8", "encoder_dim": "32", "cnn_module_kernel": "4",
+    }  # fmt: skip
+
+
+def test_a_file_holds_the_weights_once_and_no_table(las_model, tmp_path):
+    for part in parts(las_model).values():
+        weights = sum(p.numel() for p in part.graph.parameters()) * 4
+        assert written(part, tmp_path).stat().st_size < weights + 120_000, part.name
+
+
+def test_a_wrong_layer_is_named(streaming_model, tmp_path):
+    for name in ("encoder-streaming", "encoder-offline"):
+        part = parts(streaming_model)[name]
+        path = written(part, tmp_path)
+        model = onnx.load(str(path))
+        wrong = next(i for i in model.graph.initializer if i.name == "encoder.layers.1.ff1_norm.weight")
+        values = onnx.numpy_helper.to_array(wrong) * 1.5
+        wrong.CopyFrom(onnx.numpy_helper.from_array(values, wrong.name))
+        onnx_files.save(model, path)
+        differences = onnx_files.compare(part, path)
+        assert not all(d.is_passed for d in differences)
+        assert {d.starts_at for d in differences} == {"encoder.layers.1"}
+
+
+def test_a_length_without_end_is_rotated_as_the_table_does():
+    table, computed = RotaryTable(8), graphs.AnyLengthRotaryTable(RotaryTable(8))
+    cpu = torch.device("cpu")
+    assert torch.allclose(table(9000, cpu), computed(9000, cpu), atol=1e-6)
+
+
+def test_no_lstm_decoder():
+    model = tiny_model(40)
+    model.config.decoder.kind = "lstm"
+    with pytest.raises(UserError, match="kind lstm.*decoder.kind=stateless"):
+        onnx_files.parts_of(model, model)

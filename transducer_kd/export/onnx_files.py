@@ -1,0 +1,419 @@
+"""ONNX files of a model's parts: written with the metadata that sherpa-onnx reads, and held against PyTorch.
+
+Every part is traced once and written to a file of its own. `compare` runs a part in onnxruntime and in
+PyTorch on the same inputs, chunk after chunk where it streams, and says how far each output is off and where
+in the encoder that begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.onnx import symbolic_helper
+
+from transducer_kd.export import graphs
+from transducer_kd.export.session import load_session
+from transducer_kd.log import UserError, atomic_write
+from transducer_kd.models.subsampling import LOOKAHEAD_FRAMES, SUBSAMPLING_FACTOR
+from transducer_kd.models.transducer import Transducer
+
+OPSET = 17  # the first with LayerNormalization, the last that torch 1.13 writes
+MAX_DIFFERENCE = 1e-3  # of a float32 output, as a share of the largest of PyTorch's where that is above 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """One ONNX file."""
+
+    name: str  # encoder-streaming, encoder-offline, decoder, joiner or las
+    graph: nn.Module
+    inputs: Dict[str, Tensor]  # examples to trace with
+    outputs: Tuple[str, ...]
+    dynamic: Dict[str, Dict[int, str]]  # input or output -> its axes of unknown size
+    metadata: Dict[str, str]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far an output of an ONNX file is from PyTorch's."""
+
+    part: str
+    output: str
+    max_difference: float  # relative to the largest value where that is above 1
+    limit: float
+    starts_at: Optional[str] = None  # the first layer whose own output is beyond the limit
+
+    @property
+    def is_passed(self) -> bool:
+        return self.max_difference <= self.limit
+
+
+def parts_of(model: Transducer, offline_model: Transducer) -> List[Part]:
+    """The files of a phase. model: as it streams, or an offline one; offline_model: as it hears whole
+    utterances, which is the same but for a model of two modes. Both in eval. UserError for an LSTM
+    prediction network.
+    """
+    encoder = model.encoder.cfg
+    if model.config.decoder.kind != "stateless":
+        raise UserError(
+            f"the phase has a prediction network of kind {model.config.decoder.kind}: sherpa-onnx runs "
+            "stateless ones beside a conformer; train with model.decoder.kind=stateless"
+        )
+    parts = [_streaming_encoder(model)] if encoder.chunk_size else []
+    parts.append(_offline_encoder(offline_model))
+    context_size, joiner_dim = model.decoder.context_size, model.config.joiner_dim
+    parts.append(
+        Part(
+            "decoder",
+            graphs.Decoder(model),
+            {"y": torch.tensor([[-1] * (context_size - 1) + [0]] * 2)},
+            ("decoder_out",),
+            {"y": {0: "N"}, "decoder_out": {0: "N"}},
+            {"context_size": str(context_size), "vocab_size": str(model.vocab_size)},
+        )
+    )
+    parts.append(
+        Part(
+            "joiner",
+            graphs.Joiner(model),
+            {"encoder_out": _random(2, joiner_dim), "decoder_out": _random(2, joiner_dim)},
+            ("logit",),
+            {name: {0: "N"} for name in ("encoder_out", "decoder_out", "logit")},
+            {"joiner_dim": str(joiner_dim)},
+        )
+    )
+    if model.las is not None:
+        parts.append(_las(model))
+    return parts
+
+
+def _streaming_encoder(model: Transducer) -> Part:
+    cfg, graph = model.encoder.cfg, graphs.StreamingEncoder(model)
+    cache = graph.cache_dim
+    window = SUBSAMPLING_FACTOR * cfg.chunk_size + LOOKAHEAD_FRAMES
+    outputs = (
+        "encoder_out",
+        "new_cached_attn",
+        "new_cached_conv",
+        *(["encoder_frames"] if graph.with_frames else []),
+    )
+    return Part(
+        "encoder-streaming",
+        graph,
+        {
+            "x": _features(1, window, cfg.feature_dim),
+            "cached_attn": _random(cfg.num_layers, cfg.left_context, 1, cache),
+            "cached_conv": _random(cfg.num_layers, cfg.cnn_module_kernel // 2, 1, cache),
+            "processed_lens": torch.tensor([SUBSAMPLING_FACTOR * cfg.chunk_size]),
+        },
+        outputs,
+        {
+            **{name: {0: "N"} for name in ("x", "processed_lens", "encoder_out", "encoder_frames")},
+            **{
+                name: {2: "N"}
+                for name in ("cached_attn", "cached_conv", "new_cached_attn", "new_cached_conv")
+            },
+        },
+        {
+            "model_type": "conformer",
+            "num_encoder_layers": str(cfg.num_layers),
+            "T": str(window),
+            "decode_chunk_len": str(SUBSAMPLING_FACTOR * cfg.chunk_size),
+            "pad_length": str(LOOKAHEAD_FRAMES),
+            "left_context": str(cfg.left_context),
+            # What sherpa-onnx makes caches of: their width, and one frame more than the convolutions look
+            # back.
+            "encoder_dim": str(cache),
+            "cnn_module_kernel": str(cfg.cnn_module_kernel // 2 + 1),
+        },
+    )
+
+
+def _offline_encoder(model: Transducer) -> Part:
+    cfg, graph = model.encoder.cfg, graphs.OfflineEncoder(model, model.encoder.cfg.chunk_size)
+    outputs = ("encoder_out", "encoder_out_lens", *(["encoder_frames"] if graph.with_frames else []))
+    frames = {0: "N", 1: "T_out"}
+    return Part(
+        "encoder-offline",
+        graph,
+        {"x": _features(2, 200, cfg.feature_dim), "x_lens": torch.tensor([200, 161])},
+        outputs,
+        {
+            "x": {0: "N", 1: "T"},
+            "x_lens": {0: "N"},
+            "encoder_out": frames,
+            "encoder_out_lens": {0: "N"},
+            "encoder_frames": frames,
+        },
+        {"model_type": "conformer", "chunk_size": str(cfg.chunk_size)},
+    )
+
+
+def _las(model: Transducer) -> Part:
+    return Part(
+        "las",
+        graphs.LasScorer(model.las),
+        {
+            "encoder_frames": _random(1, 50, model.encoder.encoder_dim),
+            "y": torch.randint(3, model.vocab_size, (3, 5), generator=torch.Generator().manual_seed(1)),
+            "y_lens": torch.tensor([5, 2, 0]),
+        },
+        ("score",),
+        {
+            "encoder_frames": {1: "T_out"},
+            "y": {0: "B", 1: "U"},
+            "y_lens": {0: "B"},
+            "score": {0: "B"},
+        },
+        {"vocab_size": str(model.vocab_size)},
+    )
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_part(part: Part, path: Path) -> None:
+    """Trace a part and write it, with its metadata and checked by onnx, atomically.
+
+    A streaming encoder has one unknown size, the number of streams. It is traced with one stream and all
+    sizes fixed, and the number is set free afterwards: everything in the graph broadcasts over it (compare()
+    runs three streams), while a trace with an unknown size computes all others in every chunk, with more
+    operations than the encoder has.
+    """
+    buffer = io.BytesIO()
+    used = (*part.inputs, *part.outputs)
+    is_traced_fixed = part.name == "encoder-streaming"
+    options: Dict[str, Any] = {"dynamo": False} if "dynamo" in _export_options() else {}
+    with torch.no_grad(), _quiet(), _short_reshapes():
+        torch.onnx.export(
+            part.graph.eval(),
+            tuple(part.inputs.values()),
+            buffer,
+            opset_version=OPSET,
+            input_names=list(part.inputs),
+            output_names=list(part.outputs),
+            dynamic_axes={
+                name: axes for name, axes in part.dynamic.items() if name in used and not is_traced_fixed
+            },
+            **options,
+        )
+    model = onnx.load_from_string(buffer.getvalue())
+    if is_traced_fixed:
+        _set_free(model, part.dynamic)
+    add_metadata(model, part.metadata)
+    save(model, path)
+
+
+def _set_free(model: onnx.ModelProto, dynamic: Dict[str, Dict[int, str]]) -> None:
+    """Name the axes of inputs and outputs that may have any size, and forget the sizes traced in between."""
+    for value in (*model.graph.input, *model.graph.output):
+        for axis, name in dynamic[value.name].items():
+            value.type.tensor_type.shape.dim[axis].dim_param = name
+    del model.graph.value_info[:]
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Check a model and write it, atomically."""
+    onnx.checker.check_model(model)
+    with atomic_write(path, "wb") as f:
+        f.write(model.SerializeToString())
+
+
+def add_metadata(model: onnx.ModelProto, metadata: Dict[str, str]) -> None:
+    """Put key and value into an ONNX model, where sherpa-onnx looks for them."""
+    for key, value in metadata.items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value
+
+
+@contextlib.contextmanager
+def _short_reshapes() -> Iterator[None]:
+    """unflatten and flatten as one Reshape in which 0 stands for a size that stays: torch 1.13 cannot export
+    the one and computes the shape of the other node by node.
+    """
+    names = {"aten::unflatten": _unflatten, "aten::flatten": _flatten}
+    for name, symbolic in names.items():
+        torch.onnx.register_custom_op_symbolic(name, symbolic, OPSET)
+    try:
+        yield
+    finally:
+        for name in names:
+            torch.onnx.unregister_custom_op_symbolic(name, OPSET)
+
+
+def _unflatten(
+    g, x: Any, dim: Any, sizes: Any, names: Any = None
+) -> Any:  # torch inspects how g is annotated
+    before = symbolic_helper._get_tensor_sizes(x)
+    dim, sizes = symbolic_helper._get_const(dim, "i", "dim"), symbolic_helper._maybe_get_const(sizes, "is")
+    dim, sizes = dim % len(before), list(sizes)
+    after = [*before[:dim], *(None if size < 0 else size for size in sizes), *before[dim + 1 :]]
+    return _reshape(g, x, [0] * dim + sizes + [0] * (len(before) - 1 - dim), after)
+
+
+def _flatten(g, x: Any, start: Any, end: Any) -> Any:
+    before = symbolic_helper._get_tensor_sizes(x)
+    start, end = (symbolic_helper._get_const(dim, "i", "dim") % len(before) for dim in (start, end))
+    assert end == len(before) - 1, "what follows a dimension that is gone cannot be told to stay"
+    joined = None if None in before[start:] else math.prod(before[start:])
+    return _reshape(g, x, [0] * start + [-1], [*before[:start], joined])
+
+
+def _reshape(g, x: Any, shape: List[int], sizes: List[Optional[int]]) -> Any:
+    """sizes: of the result, as far as they are known: without them later operations ask for them as they
+    run.
+    """
+    if -1 not in shape and 0 in shape:  # torch 1.13 infers no shape with a 0 and no -1
+        shape[len(shape) - 1 - shape[::-1].index(0)] = -1
+    y = g.op("Reshape", x, g.op("Constant", value_t=torch.tensor(shape, dtype=torch.int64)))
+    y.setType(x.type().with_sizes(sizes))
+    return y
+
+
+def _export_options() -> Sequence[str]:
+    code = torch.onnx.export.__code__
+    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tracer's warnings: sizes that become constants are those meant to, and compare() would
+    show it.
+    """
+    before = logging.getLogger().level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.getLogger().setLevel(before)
+
+
+# ---------------------------------------------------------------- held against PyTorch
+
+
+def compare(part: Part, path: Path, limit: float = MAX_DIFFERENCE) -> List[Difference]:
+    """Each output of the file at `path` against that of its graph in PyTorch, on inputs that differ from
+    those it was traced with. A streaming encoder runs five chunks with its own caches, the offline one a
+    batch of unequal lengths.
+    """
+    session, largest = load_session(path), dict.fromkeys(part.outputs, 0.0)
+    carried: Dict[str, Tensor] = {}
+    found: List[Tensor] = []
+    for inputs in _other_inputs(part):
+        inputs = {**inputs, **carried}
+        with torch.inference_mode():
+            expected = part.graph.eval()(*inputs.values())
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        found = [torch.from_numpy(y) for y in session.run(None, {k: v.numpy() for k, v in inputs.items()})]
+        for name, y, wanted in zip(part.outputs, found, expected):
+            largest[name] = max(largest[name], _difference(y, wanted, part, inputs, expected))
+        if part.name == "encoder-streaming":
+            carried = {"cached_attn": found[1], "cached_conv": found[2]}
+    starts_at = None
+    if part.name.startswith("encoder") and max(largest.values()) > limit:
+        starts_at = _first_layer_off(part, path, limit)
+    return [Difference(part.name, name, value, limit, starts_at) for name, value in largest.items()]
+
+
+def _difference(found: Tensor, wanted: Tensor, part: Part, inputs: Dict[str, Tensor], expected: Any) -> float:
+    """Largest difference of two outputs, as a share of the largest value where that is above 1; inf for
+    another shape or a value that is not finite.
+    """
+    if found.shape != wanted.shape or not bool(torch.isfinite(found.float()).all()):
+        return float("inf")
+    if (
+        part.name == "encoder-offline" and found.dim() == 3 and expected is not None
+    ):  # frames beyond an utterance's end mean nothing
+        valid = torch.arange(found.size(1)) < expected[1].unsqueeze(1)
+        found, wanted = found[valid], wanted[valid]
+    if not found.numel():
+        return 0.0
+    scale = wanted.double().abs().max().clamp(min=1)
+    return float((found.double() - wanted.double()).abs().max() / scale)
+
+
+def _other_inputs(part: Part) -> Iterator[Dict[str, Tensor]]:
+    """Inputs of other sizes and values than the part was traced with, in the order in which it takes them."""
+    seed = torch.Generator().manual_seed(7)
+    if part.name == "encoder-streaming":
+        x, attn, conv, lens = part.inputs.values()
+        num_streams, step = 3, int(part.metadata["decode_chunk_len"])
+        for number in range(5):
+            yield {
+                "x": 3 * torch.randn(num_streams, *x.shape[1:], generator=seed) - 8,
+                "cached_attn": attn.new_zeros(attn.size(0), attn.size(1), num_streams, attn.size(3)),
+                "cached_conv": conv.new_zeros(conv.size(0), conv.size(1), num_streams, conv.size(3)),
+                "processed_lens": torch.full((num_streams,), number * step),
+            }
+    elif part.name == "encoder-offline":
+        for lens in ([7], [333, 90, 7]):
+            x = 3 * torch.randn(len(lens), max(lens), part.inputs["x"].size(2), generator=seed) - 8
+            yield {"x": x, "x_lens": torch.tensor(lens)}
+    elif part.name == "decoder":
+        vocab_size, context = int(part.metadata["vocab_size"]), part.inputs["y"].size(1)
+        yield {"y": torch.randint(-1, vocab_size, (7, context), generator=seed)}
+    elif part.name == "joiner":
+        yield {name: torch.randn(5, value.size(1), generator=seed) for name, value in part.inputs.items()}
+    else:
+        frames, vocab_size = part.inputs["encoder_frames"], int(part.metadata["vocab_size"])
+        for num_hyps, num_tokens, num_frames in ((1, 1, 3), (6, 9, 77)):
+            lens = torch.randint(0, num_tokens + 1, (num_hyps,), generator=seed)
+            yield {
+                "encoder_frames": torch.randn(1, num_frames, frames.size(2), generator=seed),
+                "y": torch.randint(3, vocab_size, (num_hyps, num_tokens), generator=seed),
+                "y_lens": lens,
+            }
+
+
+def _first_layer_off(part: Part, path: Path, limit: float) -> Optional[str]:
+    """The first of subsampling, layers and norm whose output is beyond the limit, in the inputs of the first
+    run.
+
+    A layer's output is what the first norm of the next one is given, in both.
+    """
+    encoder, inputs = part.graph.encoder, next(_other_inputs(part))
+    norms = {f"encoder.layers.{i}.ff1_norm": layer.ff1_norm for i, layer in enumerate(encoder.layers)}
+    norms["encoder.norm"] = encoder.norm
+    expected: List[Tensor] = []
+    hooks = [
+        norm.register_forward_pre_hook(lambda _, given: expected.append(given[0])) for norm in norms.values()
+    ]
+    with torch.inference_mode():
+        part.graph(*inputs.values())
+    for hook in hooks:
+        hook.remove()
+
+    model = onnx.load(str(path))
+    given_to = {
+        node.input[1]: node.input[0] for node in model.graph.node if node.op_type == "LayerNormalization"
+    }
+    values = [given_to[f"{name}.weight"] for name in norms]
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(value) for value in values)
+    session = load_session(path, content=model.SerializeToString())
+    found = session.run(values, {k: v.numpy() for k, v in inputs.items()})
+    makers = ["encoder.subsampling", *(f"encoder.layers.{i}" for i in range(len(encoder.layers)))]
+    for maker, y, wanted in zip(makers, found, expected):
+        if _difference(torch.from_numpy(y), wanted, part, inputs, None) > limit:
+            return maker
+    return "encoder.norm"
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def _features(num: int, num_frames: int, num_bins: int) -> Tensor:
+    """(num, num_frames, num_bins) of the scale of log-mel energies."""
+    return 3 * _random(num, num_frames, num_bins) - 8
