@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from transducer_kd.log import write_json
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -77,3 +79,81 @@ def write_delay(folder, **changes):
         "mode": "streaming", "frame_ms": 40, "parts": {"b": part, "elsewhere": part},
     }  # fmt: skip
     (folder / "delay.json").write_text(json.dumps({**made, **changes}))
+
+
+def write_export(phase_folder, wers, sizes=(8.0, 2.0), modes=("streaming", "offline"), las=None, **more):
+    """A model folder that passed the gate. Of each test set `wers` has the WER of PyTorch and of sherpa-onnx
+    float; int8 is 0.25 worse. sizes: MB of float and int8, half of them the encoder's.
+
+    las: what the WER is lower with the second pass, None without one. more: other fields of model.json.
+    """
+    folder = phase_folder / "export"
+    folder.mkdir()
+    origin = {"commit": "abc123", "command": f"{ROOT}/local/export.py"}
+    files = {}
+    for ending, size in zip((".onnx", ".int8.onnx"), sizes):
+        parts = {**{f"encoder-{mode}": 0.5 for mode in modes}, "decoder": 0.3, "joiner": 0.2}
+        parts.update({} if las is None else {"las": 0.1})
+        files.update(
+            {part + ending: {"sha256": "0", "bytes": int(1e6 * size * x)} for part, x in parts.items()}
+        )
+    model = {**origin, "phase": phase_folder.name, "checkpoint": "epoch-2", "files": files, **more}
+    write_json(folder / "model.json", model)
+    words = [
+        row
+        for test_set, wer in wers.items()
+        for mode in modes
+        for less in (0.0, *([] if las is None else [las]))
+        for row in word_rows(mode, test_set, wer - less, two_pass=less > 0)
+    ]
+    words_of = {name: "turn it on" for name in ("pytorch", "chunks", "onnx", "int8")}
+    gate = {
+        **origin, "passed": True, "runtime": "sherpa-onnx 2.0.1", "seconds": 9.0, "least_identical": 0.995,
+        "most_worse": 0.3, "words": words,
+        "tensors": [
+            {"part": "las", "output": "score", "max_difference": 1e-6, "limit": 1e-4, "passed": True},
+        ],
+        "odd": [{"mode": modes[0], "input": "silence", "words": words_of, "same": True}],
+    }  # fmt: skip
+    write_json(folder / "gate.json", gate)
+    return folder
+
+
+def word_rows(mode, test_set, wer, two_pass=False):
+    """Of the gate's word part: int8 is 0.25 worse, and others than PyTorch in 8 of 400 utterances."""
+    rows = []
+    for name, more, identical in (
+        ("pytorch", 0.0, 400),
+        ("chunks", 0.0, 400),
+        ("onnx", 0.0, 399),
+        ("int8", 0.25, 392),
+    ):
+        rate = {
+            "wer": wer + more,
+            "wer_low": wer + more - 1,
+            "wer_high": wer + more + 1,
+            "wer_difference": more,
+        }
+        counts = {"num_utts": 400, "identical": identical, "identical_share": identical / 400, "passed": True}
+        key = {"mode": mode, "implementation": name, "two_pass": two_pass, "test_set": test_set}
+        rows.append({**key, **counts, **rate})
+    return [row for row in rows if mode == "streaming" or row["implementation"] != "chunks"]
+
+
+def write_bench(export_folder, times=(1.0, 2.0), smaller=(1.0, 4.0), **changes):
+    """times, smaller: how many times faster and smaller float and int8 are than the reference."""
+    rows = []
+    for precision, faster, factor in zip(("float", "int8"), times, smaller):
+        minute = {"resident_mb": 60.0, "chunk_ms_median": 12.0 / faster, "chunk_ms_p95": 15.0 / faster}
+        rows.append({
+            "phase": export_folder.parent.name, "precision": precision, "mode": "streaming", "bytes": 1,
+            "rtf": 0.04 / faster, "rtf_model": 0.03 / faster, "times_faster": faster, "peak_mb": 70.0,
+            "times_faster_model": faster, "times_smaller": factor, "chunk_ms_median": 12.0 / faster,
+            "chunk_ms_p95": 15.0 / faster, "first_minute": minute,
+            "last_minute": {**minute, "resident_mb": 60.5},
+        })  # fmt: skip
+    bench = {
+        "reference": "teacher float", "num_threads": 1, "runtime": "sherpa-onnx 2.0.1", "turns": 15,
+        "audio_s": 120.0, "commit": "abc123", "command": f"{ROOT}/local/bench_export.py", "rows": rows,
+    }  # fmt: skip
+    write_json(export_folder / "bench.json", {**bench, **changes})

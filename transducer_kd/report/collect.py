@@ -1,4 +1,5 @@
-"""Reads what the phases of one experiment folder left behind and checks it: only this knows the files.
+"""Reads what the phases of one experiment folder left behind and checks it: only this knows the files, and
+exports.py those of what was exported.
 
     <recipe>/exp/<corpus>-<scale>/stages.jsonl               {"stage", "name", "seconds"} a line
     <recipe>/exp/<corpus>-<scale>/<phase>/metrics.json       list of decoding records, see RECORD_FIELDS
@@ -9,6 +10,7 @@
                                          /.done              last line "ended <unix time>", from run.sh
                                          /delay.json         emission delay, from local/emission_delay.py
                                          /speed.json         of the encoder, from local/measure_speed.py
+                                         /export/            model for the device, see exports.py
     <recipe>/exp/<corpus>-<scale>/labels/<phase>/summary.json   pseudo-labels, from local/pseudo_label.py
     <recipe>/exp/<corpus>-<scale>/init/                         first weights of phases
 
@@ -16,8 +18,8 @@ The result is one plain dict, which is also what report.json holds:
 
     {"recipe", "corpus", "scale", "is_synthetic",
      "phases":  [{"name", "params_deployed", "config", "meta", "ended", "training": {...} or None,
-                  "delay", "speed": {...} or None, and what phases.arrange and checks add: "role", "teacher",
-                  "control_of", "compare_with", "has_las", "what", "begins_with", "is_selected",
+                  "delay", "speed", "export": {...} or None, and what phases.arrange and checks add: "role",
+                  "teacher", "control_of", "compare_with", "has_las", "what", "begins_with", "is_selected",
                   "is_extracted", "learns_from", "label_set", "labelled_by", "is_stale", "is_unlike"}],
      "labels":  [{"name", "labelled_by", "summary": {...} or None}],
      "records": [record, ...],              every decoding of every phase, phases in the order above
@@ -39,10 +41,12 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from transducer_kd.log import UserError, read_json, read_jsonl
 from transducer_kd.report import checks
+from transducer_kd.report.exports import read_export
+from transducer_kd.report.fields import Maybe, check
 from transducer_kd.report.phases import arrange, is_extracted, is_pretraining
 
-# Field -> type of a record; `float` also takes ints. Anything else a record holds is kept as it is.
-RECORD_FIELDS: Dict[str, type] = {
+# Of a record, see fields.check. Anything else that it holds is kept as it is.
+RECORD_FIELDS: Dict[str, Any] = {
     "recipe": str,
     "corpus": str,
     "scale": str,
@@ -61,14 +65,11 @@ RECORD_FIELDS: Dict[str, type] = {
     "decode_s": float,
     "commit": str,
     "command": str,
-}
-# May be missing, or null.
-OPTIONAL_FIELDS: Dict[str, type] = {
-    "second_pass_s": float,
-    "recogs": str,
-    "index_bytes": int,
-    "params_dense": int,
-    "params_layers": int,
+    "second_pass_s": Maybe(float),
+    "recogs": Maybe(str),
+    "index_bytes": Maybe(int),
+    "params_dense": Maybe(int),
+    "params_layers": Maybe(int),
 }
 
 _NO_PHASES = ("init", "labels", "log")
@@ -101,6 +102,8 @@ def collect(exp_dir: Path, corpus_json: Optional[Path] = None) -> Dict[str, Any]
         if phase["params_deployed"] is None:
             # A method that leaves the second pass out deploys less than the phase holds.
             phase["params_deployed"] = max((r["params_deployed"] for r in own), default=None)
+        phase["export"], gaps = read_export(folder, phase["ended"], own)
+        missing += gaps
         phases.append(phase)
         records.extend({**record, "phase": folder.name} for record in own)
     labels = _read_label_sets(exp_dir / "labels", missing)
@@ -142,17 +145,7 @@ def read_records(path: Path) -> List[Dict[str, Any]]:
     if not isinstance(records, list):
         raise UserError(f"{path}: expected a list of records; move it away and decode again")
     for number, record in enumerate(records, 1):
-        where = f"{path}: record {number}"
-        if not isinstance(record, dict):
-            raise UserError(f"{where} is not an object; move the file away and decode again")
-        optional = {name: OPTIONAL_FIELDS[name] for name in OPTIONAL_FIELDS if record.get(name) is not None}
-        for name, kind in {**RECORD_FIELDS, **optional}.items():
-            value = record.get(name)
-            accepted = (int, float) if kind is float else kind
-            if not isinstance(value, accepted) or isinstance(value, bool):
-                raise UserError(f"{where}: {name} is {value!r}, not of type {kind.__name__}; decode again")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{where}: {name} is {value}; decode again")
+        check(record, RECORD_FIELDS, f"{path}: record {number}", "decode again")
     return records
 
 

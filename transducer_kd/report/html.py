@@ -5,7 +5,7 @@ from typing import Any, Dict, List
 
 import jinja2
 
-from transducer_kd.report import plots, summaries, systems, tables, targets
+from transducer_kd.report import device, plots, summaries, systems, tables, targets
 
 _TEMPLATE = Path(__file__).with_name("template.html")
 
@@ -26,6 +26,7 @@ def render(report: Dict[str, Any], made: str) -> str:
         all_comparisons=systems.comparison_tables(report),
         comparison_notes=systems.comparison_notes(report),
         summaries=summaries.summaries(report),
+        device=device.device_tables(report),
         labels=targets.label_rows(report),
         labels_note=targets.LABELS_NOTE,
         results=tables.results_rows(report),

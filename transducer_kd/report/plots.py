@@ -7,14 +7,16 @@ marker colours that are replaced by CSS ones in the end, so that one picture ser
 import io
 import math
 import re
+from itertools import cycle
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from transducer_kd.report import tables
+from transducer_kd.report import device, tables
 from transducer_kd.report.phases import NO_KD, has_two_modes, is_pretraining, sidelines, steps
 from transducer_kd.report.systems import has_named, systems
 from transducer_kd.report.tables import rescored_text
@@ -74,6 +76,10 @@ _PASS_TEXT = (
     "intervals. Hollow: the oracle of the whole list, a bound. Squares are teachers, small crosses controls."
 )
 _METHOD_TEXT = "Points are word error rates, bars their 95 % intervals. Hollow: an oracle, which is a bound."
+_DEVICE_TEXT = (
+    "What the device runs, first pass, through sherpa-onnx: filled float, hollow int8, a shape per test set. "
+    "Lines lead from float to int8: to the left is smaller or faster, up is more errors."
+)
 _CURVE_TEXT = (
     "Losses per encoder frame (40 ms). The WER is that of a few dev utterances, decoded greedily; none is "
     "shown where the first pass is frozen."
@@ -112,6 +118,9 @@ def figures(report: Dict[str, Any]) -> List[Drawing]:
                 found.append(Drawing("Word error rate of the first and the second pass", by_pass, seen))
             by_method = _svg(wer_by_method(report))
             found.append(Drawing("Word error rate by decoding method", by_method, _METHOD_TEXT, has_many))
+        if any(d.words for d in device.deployed(report)):
+            on_device = _svg(wer_on_device(report))
+            found.append(Drawing("Word error rate on the device", on_device, _DEVICE_TEXT))
         for phase in report["phases"]:
             if phase["training"]:
                 title = f"Learning curves: {tables.labels(report)[phase['name']]}"
@@ -209,6 +218,40 @@ def wer_by_method(report: Dict[str, Any]) -> Figure:
     return figure
 
 
+def wer_on_device(report: Dict[str, Any]) -> Figure:
+    """WER against bytes on disk and against RTF: a point per phase, precision and test set."""
+    shown = [d for d in device.deployed(report) if d.words and not d.has_las]
+    shapes = dict(zip(device.test_sets(report), cycle("osD^vX")))
+    figure, panels = _panels(2, height=3.8)
+    sizes = [(1e-6 * d.bytes, d) for d in shown]
+    times = [(d.timing["rtf"], d) for d in shown if d.timing]
+    for panel, places, label in zip(panels, (sizes, times), ("MB on disk", "real-time factor")):
+        for (x, d), (next_x, other) in zip(places, [*places[1:], (0.0, None)]):
+            style = _of_precision(report, d)
+            for name, row in d.words.items():
+                panel.plot([x], [row["wer"]], marker=shapes[name], **style)
+                if other and other.phase == d.phase and name in other.words:
+                    rates = [row["wer"], other.words[name]["wer"]]
+                    panel.plot([x, next_x], rates, color=style["color"], linewidth=0.8, zorder=1.5)
+        found = [x for x, _ in places] or [1.0]
+        panel.set(xlim=(0, 1.1 * max(found)), xlabel=label)
+        panel.xaxis.set_major_locator(MaxNLocator(5))
+        if min(found) > 0 and max(found) > 8 * min(found):  # otherwise the small ones are one heap
+            panel.set(xscale="log", xlim=(0.8 * min(found), 1.25 * max(found)))
+            _mark_1_2_5(panel.xaxis)
+    highest = max(row["wer"] for d in shown for row in d.words.values())
+    for panel in panels:
+        panel.set_ylim(0, 1.1 * highest or 1)
+    panels[0].set_ylabel("WER %")
+    who = {f"{d.phase} {d.precision}": {**_of_precision(report, d), "marker": "o"} for d in shown}
+    who.update(
+        {name: {"color": _INK, "marker": shape, "linestyle": "none"} for name, shape in shapes.items()}
+    )
+    handles = [panels[0].plot([], [], label=name, **style)[0] for name, style in who.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
+    return figure
+
+
 def learning_curves(phase: Dict[str, Any]) -> Figure:
     """Loss of training and validation, validation WER and speed, against updates.
 
@@ -223,9 +266,7 @@ def learning_curves(phase: Dict[str, Any]) -> Figure:
     _, values = _series(training["train_curve"], "loss")
     if values and min(values) > 0 and max(values) > 8 * min(values):
         losses.set_yscale("log")  # otherwise the start hides the end
-        losses.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        losses.yaxis.set_major_formatter("{x:g}")
-        losses.yaxis.set_minor_locator(NullLocator())
+        _mark_1_2_5(losses.yaxis)
     losses.legend(loc="upper right")
     losses.set(title="loss", xlabel="updates")
     if shown:
@@ -288,6 +329,20 @@ def _point(report: Dict[str, Any], phase: str, mode: str) -> Dict[str, Any]:
     use, index = divmod(list(dict.fromkeys(owners.values())).index(owners[phase]), len(_COLOURS))
     style = {"color": _COLOURS[index], "marker": marker, "markersize": 5 if role == "control" else 6}
     return {**style, "linestyle": "none", "fillstyle": "left" if use else "full"}
+
+
+def _of_precision(report: Dict[str, Any], d: device.Deployed) -> Dict[str, Any]:
+    """The colour of its phase, hollow for int8."""
+    colour = _point(report, d.phase, d.mode)["color"]
+    face = "none" if d.precision == "int8" else colour
+    return {"color": colour, "markerfacecolor": face, "markersize": 6, "linestyle": "none"}
+
+
+def _mark_1_2_5(axis: Axis) -> None:
+    """Few plain numbers on a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def _labels(systems: Sequence[Tuple[str, str, str]]) -> List[str]:

@@ -29,6 +29,8 @@ PRETRAINING_NOTE = (
     "in use, the mean of the batches; near 1 it has collapsed."
 )
 
+_EXPORTED = {"model": "exported", "gate": "parity gate", "bench": "benchmark on the device"}
+
 
 def test_sets(report: Dict[str, Any]) -> List[str]:
     """Test sets in the order in which they were decoded."""
@@ -165,6 +167,9 @@ def provenance_rows(report: Dict[str, Any]) -> List[Row]:
             rows.append([f"{name}: emission delay by", _made_by(phase["delay"])])
         if phase["speed"]:
             rows.append([f"{name}: speed by", _made_by(phase["speed"])])
+        for what, origin in (phase["export"] or {}).items():
+            if what in _EXPORTED and origin:
+                rows.append([f"{name}: {_EXPORTED[what]} by", _made_by(origin)])
     for made in report["labels"]:
         if made["summary"]:
             by = made["summary"].get("created_by") or {}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
 from transducer_kd.log import UserError, atomic_write
-from transducer_kd.report import summaries, systems, tables, targets
+from transducer_kd.report import device, summaries, systems, tables, targets
 from transducer_kd.report.tables import Row
 
 _BLOCK_TITLE = re.compile(r"^([\w-]+): [\w.-]+, [\w.-]+\.(?= Beside|$)", re.MULTILINE)
@@ -59,6 +59,8 @@ def terminal_report(report: Dict[str, Any]) -> str:
     elif report["records"]:
         parts.append("Word error rates with 95 % bootstrap intervals:")
         parts.append(terminal_table(tables.results_rows(report)))
+    for made in device.device_tables(report):
+        parts += [f"\n{made.title}:\n{terminal_table(made.rows)}", *map(_wrapped, made.notes)]
     return "\n".join([*parts, *map(_wrapped, tables.notes(report))])
 
 
@@ -71,7 +73,7 @@ def markdown_section(report: Dict[str, Any]) -> str:
         parts.append("Nothing has been decoded yet.")
     elif len(report["phases"]) > 1:
         parts += _side_by_side(report)
-        parts += _summaries(report)
+        parts += _summaries(summaries.summaries(report))
         # Named comparisons are many: of each the best method alone. The page has all.
         for made in systems.comparison_tables(report, is_short=systems.has_named(report)):
             parts += [f"{made['title']}:", markdown_table(made["rows"])]
@@ -79,6 +81,7 @@ def markdown_section(report: Dict[str, Any]) -> str:
         parts.append("Every method, with the 95 % interval of each rate:")
     if report["records"]:
         parts += [markdown_table(tables.results_rows(report)), *tables.notes(report)]
+    parts += _summaries(device.device_tables(report))
     labels = targets.label_rows(report)
     parts += ["Pseudo-labels:", markdown_table(labels), targets.LABELS_NOTE] if labels[1:] else []
     parts += ["Training:", markdown_table(tables.training_rows(report)), tables.TRAINING_NOTE]
@@ -118,9 +121,9 @@ def _side_by_side(report: Dict[str, Any], only_key: bool = False) -> List[str]:
     return [markdown_table(rows), *systems.side_by_side_notes(report, only_key)]
 
 
-def _summaries(report: Dict[str, Any]) -> List[str]:
+def _summaries(of_all: Sequence[summaries.Summary]) -> List[str]:
     found = []
-    for made in summaries.summaries(report):
+    for made in of_all:
         found += [f"{made.title}:", markdown_table(made.rows), *made.notes]
     return found
 
@@ -160,12 +163,19 @@ def update_block(path: Path, report: Dict[str, Any]) -> None:
     title = f"{report['recipe']}: {report['corpus']}, {report['scale']}."
     if len(report["phases"]) > 1:
         block = [title]
-        results = [*_side_by_side(report, systems.has_named(report)), *_summaries(report)]
+        results = [
+            *_side_by_side(report, systems.has_named(report)),
+            *_summaries(summaries.summaries(report)),
+        ]
     else:
         block = [f"{title} Beside each rate its 95 % interval."]
         results = [markdown_table(tables.results_rows(report))]
     block += [f"**{tables.SYNTHETIC_WARNING}**"] if report["is_synthetic"] else []
     block += [*results, *tables.notes(report)]
+    on_device = device.device_rows(report, is_short=True)
+    block += (
+        [f"{device.TITLE}:", markdown_table(on_device), *device.device_notes(report)] if on_device[1:] else []
+    )
     before, after = text.split(begin)[0], text.split(end)[1]
     old = text[text.index(begin) + len(begin) : text.index(end)]
     titles = list(re.finditer(_BLOCK_TITLE, old))

@@ -1,0 +1,134 @@
+"""What stage 7 leaves behind in the folder of a phase, read and checked; device.py makes tables of it.
+
+<phase>/export/model.json    which weights, and the files of the model folder with their bytes
+               /gate.json    what the parity gate found: PyTorch against sherpa-onnx, float and int8
+               /bench.json   sizes, real-time factors, latencies and memory of one run of the benchmark
+"""
+
+from numbers import Real
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from transducer_kd.log import read_json
+from transducer_kd.report.fields import Maybe, check
+
+_MEND = "run stage 7 again"
+_ORIGIN = {"commit": str, "command": str}
+_MODEL = {
+    **_ORIGIN,
+    "checkpoint": str,
+    "files": {str: {"bytes": int}},
+    "int8": Maybe({"relaxed": Maybe([str])}),
+}
+_WORDS = {
+    "mode": str,
+    "implementation": str,
+    "two_pass": bool,
+    "test_set": str,
+    "num_utts": int,
+    "identical_share": Maybe(float),
+    "wer": float,
+    "wer_low": float,
+    "wer_high": float,
+    "wer_difference": Maybe(float),
+    "passed": Maybe(bool),
+}
+_TENSORS = {
+    "part": str,
+    "output": str,
+    "max_difference": Real,  # infinite where an output has another shape
+    "limit": float,
+    "starts_at": Maybe(str),
+    "passed": bool,
+}
+_ODD = {"mode": str, "input": str, "words": {str: Maybe(str)}, "same": bool}
+_GATE = {
+    **_ORIGIN,
+    "passed": bool,
+    "runtime": str,
+    "least_identical": float,
+    "most_worse": float,
+    "tensors": [_TENSORS],
+    "words": [_WORDS],
+    "odd": [_ODD],
+}
+_MINUTE = {"resident_mb": float, "chunk_ms_median": float, "chunk_ms_p95": float}
+_TIMING = {
+    "phase": str,
+    "precision": str,
+    "mode": str,
+    "rtf": float,
+    "rtf_model": Maybe(float),
+    "times_faster": Maybe(float),
+    "times_faster_model": Maybe(float),
+    "times_smaller": Maybe(float),
+    "chunk_ms_median": Maybe(float),
+    "chunk_ms_p95": Maybe(float),
+    "peak_mb": Maybe(float),
+    "first_minute": Maybe(_MINUTE),
+    "last_minute": Maybe(_MINUTE),
+}
+_BENCH = {
+    **_ORIGIN,
+    "reference": str,
+    "num_threads": int,
+    "runtime": str,
+    "turns": int,
+    "audio_s": float,
+    "rows": [_TIMING],
+}
+
+
+def read_export(
+    phase_folder: Path, ended: Optional[float], decoded: Sequence[Dict[str, Any]]
+) -> Tuple[Optional[Dict[str, Any]], List[str]]:
+    """What was exported of a phase, and a sentence for each thing that is missing of it.
+
+    ended: when run.sh's training of the phase ended, None where that is not known. decoded: its records.
+    Returns None where nothing was exported, else {"model", "gate", "bench", "is_stale"}: what the three files
+    hold (gate and bench None where they are missing; of bench the rows of this phase), and whether the export
+    has other weights than the phase now. Raises UserError that names a damaged file and its field.
+    """
+    name, folder = phase_folder.name, phase_folder / "export"
+    if not folder.is_dir():
+        return None, []
+    if not (folder / "model.json").exists():
+        return None, [f"the export of phase {name}, which is not finished (no model.json): {_MEND}"]
+    export: Dict[str, Any] = {
+        "model": _read(folder / "model.json", _MODEL),
+        "gate": _read(folder / "gate.json", _GATE),
+        "bench": _read(folder / "bench.json", _BENCH),
+    }
+    if export["bench"]:
+        rows = [row for row in export["bench"]["rows"] if row["phase"] == name]
+        export["bench"] = {**export["bench"], "rows": rows}
+    why = _why_stale(phase_folder, export["model"]["checkpoint"], ended, decoded)
+    export["is_stale"] = why is not None
+    if why:
+        return export, [f"the export of phase {name} is stale and left out: {why}; {_MEND}"]
+    parts = {"gate": "parity gate", "bench": "benchmark"}
+    gaps = [part for part in parts if not export[part]]
+    return export, [f"the {parts[gap]} of the export of phase {name} (no {gap}.json)" for gap in gaps]
+
+
+def _read(path: Path, wanted: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+    if not path.exists():
+        return None
+    found = read_json(path, _MEND)
+    check(found, wanted, str(path), _MEND)
+    return found
+
+
+def _why_stale(
+    phase_folder: Path, checkpoint: str, ended: Optional[float], decoded: Sequence[Dict[str, Any]]
+) -> Optional[str]:
+    written = (phase_folder / "export" / "model.json").stat().st_mtime
+    log = phase_folder / "train_log.jsonl"
+    if ended is None and log.exists():  # trained by hand, or being trained
+        ended = log.stat().st_mtime
+    if ended is not None and ended > written:
+        return f"{phase_folder.name} was trained again after it"
+    known = sorted({r["checkpoint"] for r in decoded if "checkpoint" in r})
+    if known and checkpoint not in known:
+        return f"it holds {checkpoint}, and decoded was {', '.join(known)}"
+    return None
