@@ -149,7 +149,7 @@ class TestSideBySide:
       of_teacher() { until_told "end plain"; }
       of_student() { :; }
       of_plain() { until_told "begin teacher OMP_NUM_THREADS=1"; }
-      of_late() { :; }
+      of_late() { until_told "begin student OMP_NUM_THREADS=1"; }
     """
     ALL = "train_stage 2 teacher; train_stage 3 student; train_stage 4 plain late; train_queued"
 
@@ -157,7 +157,7 @@ class TestSideBySide:
         return (shell.exp / "told").read_text().splitlines()
 
     def test_what_does_not_wait_runs_beside(self, shell):
-        """teacher ends only after plain has, plain only after teacher has begun."""
+        """teacher ends only after plain has, plain after teacher has begun, late after student has begun."""
         output = shell(self.RUN + self.ALL)
         words = [line.partition(" OMP")[0] for line in self.told(shell)]
         assert {*words[:2]} == {"begin teacher", "begin plain"} and len(words) == 8
@@ -173,6 +173,31 @@ class TestSideBySide:
         given = "export OMP_NUM_THREADS=7; threads_are_given=1\n"
         shell(given + self.RUN.replace("THREADS=1", "THREADS=7") + self.ALL)
         assert all(line.endswith("OMP_NUM_THREADS=7") for line in self.told(shell) if "begin" in line)
+
+    @pytest.mark.parametrize(
+        "queued, threads",
+        [
+            ("2 teacher; 3 student", "teacher=2 student=2"),
+            ("4 plain", "plain=2"),
+            # One waits for the teacher, one for that one.
+            ("2 teacher; 3 student last", "teacher=2 student=2 last=2"),
+            # late waits for nobody.
+            ("2 teacher; 3 student; 4 late", "teacher=1 student=1 late=1"),
+        ],
+    )
+    def test_a_phase_that_all_others_wait_for_has_all_cores(self, shell, queued, threads):
+        others = """
+          phases+=" last"; begins_with[last]=student
+          cp "$conf_dir/plain.yaml" "$conf_dir/last.yaml"; mkdir "$exp_root/last"
+          of_teacher() { [[ ${queue[*]} != *late* ]] || until_told "begin late OMP_NUM_THREADS=1"; }
+          of_plain() { :; }
+          of_last() { :; }
+        """
+        stages = "".join(f"train_stage {stage}; " for stage in queued.split("; "))
+        shell(self.RUN + others + stages + "train_queued")
+        begun = [line.split()[1:] for line in self.told(shell) if line.startswith("begin")]
+        found = {phase: setting.partition("=")[2] for phase, setting in begun}
+        assert found == dict(item.split("=") for item in threads.split())
 
     def test_when_one_fails_the_others_are_stopped_and_nothing_follows(self, shell):
         body = self.RUN + "of_plain() { until_told 'begin teacher OMP_NUM_THREADS=1'; return 3; }\n"

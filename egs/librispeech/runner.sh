@@ -137,9 +137,9 @@ train_stage() {
 }
 
 # Trains what is queued: one after the other, or up to $jobs at once, each as soon as nothing that it is made from is
-# queued before it or running. When one fails the others save what they have and stop.
+# queued before it or running; they share the cores. When one fails the others save what they have and stop.
 train_queued() {
-  local item phase left beside
+  local item phase left sharing
   while [ "${#queue[@]}" -gt 0 ] || [ "${#running[@]}" -gt 0 ]; do
     left=()
     for item in ${queue[@]+"${queue[@]}"}; do
@@ -147,9 +147,9 @@ train_queued() {
       if [ "$jobs" = 1 ]; then
         train_now "${item%%:*}" "$phase"
       elif [ "${#running[@]}" -lt "$jobs" ] && ! has_parent_in "$phase" "${left[*]-} ${running[*]-}"; then
-        beside=1
-        if [ "${#running[@]}" -gt 0 ] || can_join "$phase"; then beside=$jobs; fi
-        train_beside "$beside" "${item%%:*}" "$phase" &
+        sharing=1
+        if [ "${#running[@]}" -gt 0 ] || can_join "$phase"; then sharing=$jobs; fi
+        train_beside "$sharing" "${item%%:*}" "$phase" &
         running[$!]=$phase
       else
         left+=("$item")
@@ -173,7 +173,7 @@ stop_with() {
   stop_running
   exit "$1"
 }
-# train_now, of "${@:2}", in a process of its own that shares the cores with $1 - 1 others.
+# train_now "${@:2}" in a process of its own, one of $1 that share the cores.
 train_beside() {
   trap on_exit EXIT
   trap on_signal INT TERM HUP
