@@ -13,15 +13,17 @@ from transducer_kd.models.transducer import Transducer
 TEXTS = ["turn on the light", "play the song", "stop", "what time is it", "turn off the radio"]
 
 
-def tiny_model(vocab_size, chunk_size=4, with_las=False, seed=0, left_context=8):
+def tiny_model(vocab_size, chunk_size=4, with_las=False, seed=0, **encoder):
     torch.manual_seed(seed)
-    encoder = EncoderConfig(
-        subsampling_channels=4, num_layers=2, encoder_dim=16, num_heads=2, feedforward_dim=32,
-        cnn_module_kernel=7, dropout=0.0, chunk_size=chunk_size, left_context=left_context,
-    )  # fmt: skip
+    sizes = dict(subsampling_channels=4, num_layers=2, encoder_dim=16, num_heads=2, feedforward_dim=32)
+    sizes.update(cnn_module_kernel=7, dropout=0.0, chunk_size=chunk_size, left_context=8)
     las = LasConfig(enabled=with_las, decoder_dim=16, attention_dim=16, num_heads=2)
-    model = Transducer(ModelConfig(encoder, DecoderConfig(decoder_dim=12), 20, las), vocab_size)
+    model = Transducer(
+        ModelConfig(EncoderConfig(**{**sizes, **encoder}), DecoderConfig(decoder_dim=12), 20, las), vocab_size
+    )
     with torch.no_grad():
+        for parameter in model.parameters():  # else the norms and biases of all layers are the same
+            parameter.add_(0.02 * torch.randn(parameter.shape))
         model.joiner.output_linear.weight.mul_(6.0)
         model.joiner.output_linear.bias[0] = 4.0
     return model.eval()
