@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Turn what the phases of one experiment folder left behind into tables, figures and pages.
 
-Reads metrics.json, train_log.jsonl, config.json and meta.json of every phase, and stages.jsonl, and compares
-the phases' recogs files by paired bootstrap. Writes <exp-dir>/report.json and <exp-dir>/report.html (one
+Reads metrics.json, train_log.jsonl, config.json and meta.json of every phase, what stage 7 left in its
+export/, and stages.jsonl, and compares the phases' recogs files by paired bootstrap. Writes <exp-dir>/report.json and <exp-dir>/report.html (one
 file, nothing to load), renews the section of this corpus and scale in RESULTS.md, and prints the main tables.
 """
 
@@ -28,7 +28,7 @@ def get_args() -> argparse.Namespace:
         "--results", type=Path, help="the RESULTS.md to renew (default: <recipe>/RESULTS.md); none: leave it"
     )
     parser.add_argument(
-        "--readme", type=Path, help="also put the results table between this file's results marks"
+        "--readme", type=Path, help="also put the short tables between this file's results marks"
     )
     parser.add_argument(
         "--corpus-json",

@@ -147,7 +147,8 @@ def write_bench(export_folder, times=(1.0, 2.0), smaller=(1.0, 4.0), **changes):
         minute = {"resident_mb": 60.0, "chunk_ms_median": 12.0 / faster, "chunk_ms_p95": 15.0 / faster}
         rows.append({
             "phase": export_folder.parent.name, "precision": precision, "mode": "streaming", "bytes": 1,
-            "rtf": 0.04 / faster, "rtf_model": 0.03 / faster, "times_faster": faster, "peak_mb": 70.0,
+            "rtf": 0.04 / faster, "rtf_model": 0.03 / faster, "times_faster": faster,
+            "peak_mb": 70.0, "baseline_mb": 45.5,
             "times_faster_model": faster, "times_smaller": factor, "chunk_ms_median": 12.0 / faster,
             "chunk_ms_p95": 15.0 / faster, "first_minute": minute,
             "last_minute": {**minute, "resident_mb": 60.5},

@@ -4,7 +4,7 @@ One row per phase and precision, of the mode that the device runs: streaming whe
 Exports and phases that are stale are left out.
 """
 
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional
 
 from transducer_kd.report import tables
 from transducer_kd.report.summaries import Summary
@@ -23,6 +23,7 @@ _NAMES = {
     "onnx": "sherpa-onnx float",
     "int8": "sherpa-onnx int8",
 }
+_SHORT = {"chunks": "by chunks", "onnx": "float", "int8": "int8"}
 _TEXT = ("phase", "precision", "pass", "mode", "test set", "gate", "input", *_NAMES.values())  # columns
 _PASSES = {False: "first pass", True: "with LAS"}
 
@@ -193,9 +194,9 @@ def speed_notes(report: Dict[str, Any]) -> List[str]:
     out = [
         f"{bench['runtime']}, {threads}; medians of {bench['turns']} turns, which the models take one after "
         f"the other, on {bench['audio_s']:g} s of speech. RTF: seconds for a second of audio, from samples "
-        "to words; without features: encoder, decoder and joiner alone. ms a chunk: median (95th "
-        "percentile). Peak: of a process that hears five minutes; the first and the last of these tell "
-        "whether memory or latency grow."
+        "to words; without features: the model and its search alone. ms a chunk: from its last sample to its "
+        "words, median (95th percentile). Peak: of a process that hears five minutes"
+        f"{_baseline(runs.values())}; the first and the last of these tell whether memory or latency grow."
     ]
     if len(runs) > 1:
         out.append(
@@ -242,14 +243,22 @@ def _failures(gate: Dict[str, Any]) -> Iterator[str]:
     for tensor in gate["tensors"]:
         if not tensor["passed"]:
             where = f", from {tensor['starts_at']} on" if tensor.get("starts_at") else ""
-            yield f"{tensor['part']}: {tensor['output']} differs by {tensor['max_difference']:.2g}{where}"
+            by = tensor.get("max_difference")
+            how = "has another shape or infinite values" if by is None else f"differs by {by:.2g}"
+            yield f"{tensor['part']}: {tensor['output']} {how}{where}"
     for row in gate["words"]:
         if row.get("passed") is False:
-            who = _NAMES.get(row["implementation"], row["implementation"]), row["mode"], row["test_set"]
+            who = [_SHORT.get(row["implementation"], row["implementation"]), row["mode"], row["test_set"]]
+            who += [_PASSES[True]] if row["two_pass"] else []
             yield f"{', '.join(who)}: WER {_difference(row)}, identical {_identical(row)} %"
     differing = sum(not odd["same"] for odd in gate["odd"])
     if differing:
         yield f"odd inputs with different words: {differing}"
+
+
+def _baseline(benches: Iterable[Dict[str, Any]]) -> str:
+    found = [row["baseline_mb"] for bench in benches for row in bench["rows"] if row.get("baseline_mb")]
+    return f", {max(found):.0f} MB of it Python with its libraries" if found else ""
 
 
 # Cells

@@ -5,7 +5,6 @@
                /bench.json   sizes, real-time factors, latencies and memory of one run of the benchmark
 """
 
-from numbers import Real
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -36,8 +35,7 @@ _WORDS = {
 _TENSORS = {
     "part": str,
     "output": str,
-    "max_difference": Real,  # infinite where an output has another shape
-    "limit": float,
+    "max_difference": Maybe(float),  # null where an output has another shape, or is not finite
     "starts_at": Maybe(str),
     "passed": bool,
 }
@@ -64,6 +62,7 @@ _TIMING = {
     "times_smaller": Maybe(float),
     "chunk_ms_median": Maybe(float),
     "chunk_ms_p95": Maybe(float),
+    "baseline_mb": Maybe(float),
     "peak_mb": Maybe(float),
     "first_minute": Maybe(_MINUTE),
     "last_minute": Maybe(_MINUTE),

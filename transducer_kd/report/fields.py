@@ -15,10 +15,9 @@ class Maybe(NamedTuple):
 def check(value: Any, wanted: Any, where: str, mend: str, field: str = "") -> None:
     """UserError that names `where` (the file), the field and what to do (`mend`) unless `value` is as wanted.
 
-    wanted: a type (float also takes ints, and nothing that is not finite, which numbers.Real takes as well),
-    {name: wanted} for an object that has these fields and perhaps more, {str: wanted} for one whose fields
-    have any name, [wanted] for a list, or Maybe(wanted). field: where in the file `value` is, `words[3].wer`;
-    empty for all of it.
+    wanted: a type (float also takes ints, and nothing that is not finite), {name: wanted} for an object that
+    has these fields and perhaps more, {str: wanted} for one whose fields have any name, [wanted] for a list,
+    or Maybe(wanted). field: where in the file `value` is, `words[3].wer`; empty for all of it.
     """
     if isinstance(wanted, Maybe):
         if value is None:
@@ -38,7 +37,7 @@ def check(value: Any, wanted: Any, where: str, mend: str, field: str = "") -> No
         # True is an int to Python, not to a reader of the file.
         is_right = isinstance(value, accepted) and (wanted is bool or not isinstance(value, bool))
         _must(is_right, value, f"of type {wanted.__name__}", where, mend, field)
-        is_finite = wanted is not float or math.isfinite(value)
+        is_finite = not isinstance(value, float) or math.isfinite(value)
         _must(is_finite, value, "a finite number", where, mend, field)
 
 
