@@ -2,8 +2,9 @@
 """Turn what the phases of one experiment folder left behind into tables, figures and pages.
 
 Reads metrics.json, train_log.jsonl, config.json and meta.json of every phase, what stage 7 left in its
-export/, and stages.jsonl, and compares the phases' recogs files by paired bootstrap. Writes <exp-dir>/report.json and <exp-dir>/report.html (one
-file, nothing to load), renews the section of this corpus and scale in RESULTS.md, and prints the main tables.
+export/, and stages.jsonl, and compares the phases' recogs files by paired bootstrap. Writes
+<exp-dir>/report.json and <exp-dir>/report.html (one file, nothing to load), renews the section of this corpus
+and scale in RESULTS.md, and prints the main tables.
 """
 
 import argparse
