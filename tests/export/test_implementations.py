@@ -1,0 +1,156 @@
+"""PyTorch and the runtimes side by side on tiny exported models."""
+
+import copy
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from transducer_kd.data.features import FeatureExtractor
+from transducer_kd.data.tokenizer import Tokenizer
+from transducer_kd.export import odd_inputs, parity
+from transducer_kd.export.dev_speech import DevSpeech
+from transducer_kd.export.folder import describe, file_name, open_folder
+from transducer_kd.export.implementations import TorchModels, comparisons
+from transducer_kd.export.onnx_files import parts_of, write_part
+from transducer_kd.export.parity import Recording
+from transducer_kd.export.tensors import check_tensors, chunk_rows
+
+NAMES = ["pytorch", "onnx", "int8"]
+
+
+@pytest.fixture
+def with_int8(tmp_path):
+    """Function: a copy of an exported folder whose int8 files are of another model, or its own float ones."""
+
+    def copied(path, other=None):
+        target = tmp_path / "copy"
+        shutil.copytree(path, target)
+        info = open_folder(target).info
+        names = list(info["files"])
+        for name in [name for name in names if name.endswith(".onnx") and ".int8." not in name]:
+            int8 = file_name(name[: -len(".onnx")], "int8")
+            shutil.copy(target / name, target / int8)
+            names.append(int8)
+        for part in parts_of(other, other) if other is not None else []:
+            write_part(part, target / file_name(part.name, "int8"))
+        return describe(target, {k: v for k, v in info.items() if k != "files"}, sorted(set(names)))
+
+    return copied
+
+
+def another(model):
+    """One of the same sizes with other weights."""
+    torch.manual_seed(1)
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    return model
+
+
+@pytest.fixture(scope="module")
+def torch_models(lang_dir):
+    """Function: modes and their models -> what the gate calls PyTorch."""
+    tokenizer, extract = Tokenizer(lang_dir), FeatureExtractor("lhotse").extract
+    return lambda models: TorchModels(models, extract, lambda tokens: tokenizer.decode(tokens).split())
+
+
+@pytest.fixture(scope="module")
+def recordings():
+    """Noise that rises and falls, of 0.3 to 3 s."""
+    rng = np.random.default_rng(0)
+    noises = [0.1 * rng.standard_normal(size) for size in (4800, 16000, 48000, 20011)]
+    return [
+        Recording(
+            f"cut-{i}", (noise * np.sin(np.arange(len(noise)) / 1500)).astype(np.float32), ["stop", "it"]
+        )
+        for i, noise in enumerate(noises)
+    ]
+
+
+def test_a_streaming_phase_with_two_passes(las_folder, las_model, with_int8, torch_models, recordings):
+    folder = with_int8(las_folder)
+    models = torch_models({"streaming": las_model, "offline": las_model})
+    compared = comparisons(folder, models)
+    assert [(one.mode, one.two_pass, list(one.implementations)) for one in compared] == [
+        ("streaming", False, ["pytorch", "chunks", "onnx", "int8"]), ("streaming", True, NAMES),
+        ("offline", False, NAMES), ("offline", True, NAMES),
+    ]  # fmt: skip
+    samples = [one.samples for one in recordings]
+    for one in compared:
+        said = {name: recognise(samples) for name, recognise in one.implementations.items()}
+        assert all(words == said["pytorch"] for words in said.values()), (one.mode, one.two_pass)
+        assert len({" ".join(words) for words in said["pytorch"]}) > 2, "there is something to disagree about"
+
+
+def test_an_offline_phase(offline_folder, offline_model, with_int8, torch_models, recordings):
+    (one,) = comparisons(with_int8(offline_folder), torch_models({"offline": offline_model}))
+    said = [recognise([r.samples for r in recordings]) for recognise in one.implementations.values()]
+    assert (one.mode, list(one.implementations)) == ("offline", NAMES) and said[0] == said[1] == said[2]
+
+
+def test_odd_inputs_are_understood_alike(
+    streaming_folder, streaming_model, with_int8, torch_models, recordings
+):
+    models = torch_models({"streaming": streaming_model, "offline": streaming_model})
+    folder = with_int8(streaming_folder)
+    odd = odd_inputs.of_recordings(
+        {one.name: one.samples for one in recordings[2:]}, folder.info["chunk_size"]
+    )
+    assert len(odd) == 2 * 11 + 2
+    rows = [row for one in comparisons(folder, models) for row in parity.check_odd(one, odd)]
+    assert len(rows) == 2 * len(odd) and all(row["same"] for row in rows)
+    assert len(rows[0]["words"]) == 4 and len({row["words"]["onnx"] for row in rows}) > 4
+
+
+class TestDevSpeech:
+    def test_files_that_are_pytorchs_lose_nothing(
+        self, streaming_folder, streaming_model, with_int8, torch_models, recordings
+    ):
+        folder = with_int8(streaming_folder)
+        models = torch_models({"streaming": streaming_model, "offline": streaming_model})
+        loss = DevSpeech(folder, models, recordings, {"noise": recordings[1].samples}).loss(folder)
+        assert (loss.wer_difference, loss.different) == (0.0, ())
+
+    def test_another_models_files_lose(
+        self, streaming_folder, streaming_model, with_int8, torch_models, recordings
+    ):
+        folder = with_int8(streaming_folder, another(streaming_model))
+        models = torch_models({"streaming": streaming_model, "offline": streaming_model})
+        said = comparisons(folder, models)[0].implementations["pytorch"]([one.samples for one in recordings])
+        known = [Recording(one.name, one.samples, words) for one, words in zip(recordings, said)]
+        speech = DevSpeech(folder, models, known, {"noise": recordings[1].samples})
+        loss = speech.loss(folder)
+        assert loss.wer_difference > 10 and loss.different == ("streaming, noise", "offline, noise")
+        assert speech.loss(folder, "float").wer_difference == 0
+
+
+class TestTensors:
+    def test_float_has_a_limit_and_int8_has_none(self, las_folder, las_model, with_int8):
+        folder = with_int8(las_folder, another(las_model))
+        rows = check_tensors(folder, parts_of(las_model, las_model), las_model)
+        assert {(row["part"], row["output"]) for row in rows} >= {
+            ("PyTorch by chunks", "encoder_out"), ("encoder-streaming.onnx", "new_cached_conv"),
+            ("encoder-offline.onnx", "encoder_frames"), ("las.int8.onnx", "score"),
+        }  # fmt: skip
+        for row in rows:
+            is_int8 = ".int8." in row["part"]
+            assert row["passed"] and (row["limit"] is None) == is_int8
+            assert is_int8 or row["max_difference"] < 1e-4
+        assert max(row["max_difference"] for row in rows) > 0.1
+
+    def test_where_chunks_begin_to_differ_is_named(self, streaming_model, monkeypatch):
+        encoder = streaming_model.encoder
+        (row,) = chunk_rows(encoder)
+        assert row["passed"] and row["starts_at"] is None and row["max_difference"] < 1e-5
+        layer = encoder.layers[1]
+        real = layer.streaming
+
+        def forgets(x, rotary, bias, padding, caches):
+            return real(x, rotary, bias, padding, (caches[0], torch.zeros_like(caches[1])))
+
+        monkeypatch.setattr(layer, "streaming", forgets)
+        (row,) = chunk_rows(encoder)
+        assert not row["passed"] and row["starts_at"] == "encoder.layers.1" and row["max_difference"] > 1e-3
