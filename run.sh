@@ -21,6 +21,7 @@ usage: ./run.sh [--recipe NAME] [options]
   ./run.sh --controls 1                                       also the students without a teacher (40 min)
   ./run.sh --recipe progressive                               another recipe
   ./run.sh --stage 2 --stop-stage 2 --set optim.lr=1e-3       one stage, with another setting
+  ./run.sh --stage 7                                          teacher and student for sherpa-onnx, float and int8
   ./run.sh --corpus mini_librispeech                          5 h of real speech, downloaded
   ./run.sh --corpus librispeech --full-libri 1 --scale full --nproc 8
   ./run.sh --corpus-dir /speech/own --train-parts "a b" --dev-parts c --test-parts "d e"
@@ -31,8 +32,8 @@ $(describe_recipes)
 
 Stages, the same in every recipe
   0  corpus and manifests      2    teacher                         6  decode and report
-  1  features and BPE          3-5  the recipe's own phases         7  export for the device (not there yet)
-  --stage N --stop-stage M     from N (default 0) to M (default: the last one)
+  1  features and BPE          3-5  the recipe's own phases         7    export for the device
+  --stage N --stop-stage M     from N (default 0) to M (default: 6; 7 has to be asked for)
   --force                      run the stages again though they are done; an earlier training is moved aside
   A stage that ended well with the same options is skipped. One that was interrupted goes on where it was.
 

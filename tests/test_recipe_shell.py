@@ -12,7 +12,7 @@ from recipe_project import ROOT  # noqa: E402
 EGS = "egs/librispeech"
 # Configurations without Python: phase "student" has a teacher, the rest have none.
 RECIPE = """
-  recipe=mine recipe_dir=$PWD/egs/librispeech/mine last_stage=6
+  recipe=mine recipe_dir=$PWD/egs/librispeech/mine last_stage=7
   source egs/librispeech/common.sh
   parse_options --scale smoke --env k2 {options}
   cd $root; jobs=${{jobs:-1}} cores=2 threads_are_given=0; corpus_name=synthetic mine=egs/librispeech/mine
@@ -255,6 +255,77 @@ class TestReuse:
     def test_not_where_the_recipe_adds_something(self, shell):
         body = 'phase_arguments() { arguments+=(--set "data.pseudo_labels=x"); }\n'
         assert "--reuse" not in trainings(shell(self.BODY + body + self.TRAIN))["plain"]
+
+
+class TestExport:
+    """Stage 7: each phase through its gate, all measured together, the report."""
+
+    BODY = """
+      exported="teacher student not-a-phase plain"
+      now 2 teacher; now 3 student
+      run() {
+        local phase; phase=$(sed 's/.*--exp-dir //; s/ .*//; s/.*[/]//' <<<"$*")
+        echo "RUN $*"
+        case $2 in
+          local/export.py)
+            mkdir -p "$exp_root/$phase/export"; date +%N >"$exp_root/$phase/export/model.json"
+            [ "$phase" != "${fails:-}" ] || return 1 ;;
+        esac
+      }
+      parts_of() { [ "$1" = test ] && echo clean other || echo dev; }
+      stage_report() { echo "REPORT"; }
+    """
+
+    def told(self, output):
+        return [line.split("RUN python local/")[-1] for line in output.splitlines() if "RUN" in line]
+
+    def test_what_is_trained_is_exported_then_measured_and_reported_once(self, shell):
+        output = shell(self.BODY + "export_stage; force=0; export_stage", options="--stage 0 --stop-stage 7")
+        programs = [line for line in self.told(output) if not line.startswith("train")]
+        exp = "egs/librispeech/mine/exp/synthetic-smoke"
+        assert programs == [
+            f"export.py --exp-dir {exp}/{phase} --use-averaged-model --test-parts clean,other --dev-part dev"
+            for phase in ("teacher", "student")
+        ] + [
+            f"bench_export.py --export-dir {exp}/teacher/export {exp}/student/export --test-parts clean,other"
+        ]
+        assert output.count("plain is not trained") == 2 and output.count("REPORT") == 2
+        assert output.count("done already") == 3
+
+    def test_a_failing_gate_fails_the_stage_when_all_else_is_done(self, shell):
+        output = shell(
+            self.BODY + "fails=teacher; export_stage", options="--stage 0 --stop-stage 7", status=1
+        )
+        assert [line.split()[0] for line in self.told(output)] == [
+            *2 * ["train.py"], *2 * ["export.py"], "bench_export.py",
+        ]  # fmt: skip
+        assert "ERROR stage 7 (export teacher) failed (status 1)" in output and "REPORT" in output
+        assert output.splitlines()[-1].endswith(
+            "ERROR stage 7: the export of teacher failed, or did not pass its gate; see above"
+        )
+        assert [path.parent.name for path in shell.exp.glob("*/.done-export")] == ["student"]
+        again = shell(self.BODY + "export_stage", options="--stage 7")
+        assert [line.split()[0] for line in self.told(again)] == ["export.py", "bench_export.py"], (
+            "what failed runs again, and what it is measured beside"
+        )
+
+    def test_a_phase_that_was_trained_anew_is_exported_anew(self, shell):
+        shell(self.BODY + "export_stage", options="--stage 0 --stop-stage 7")
+        output = shell(
+            self.BODY + "force=1; now 3 student; force=0; export_stage", options="--stage 0 --stop-stage 7"
+        )
+        assert [line.split()[0] for line in self.told(output)] == ["train.py", "export.py", "bench_export.py"]
+        assert "Stage 7: export student: its options changed" in output
+
+    def test_without_a_trained_phase_there_is_an_error(self, shell):
+        assert "nothing to export" in shell(
+            self.BODY + "exported=plain; export_stage", options="--stop-stage 7", status=1
+        )
+
+    def test_it_has_to_be_asked_for(self, shell):
+        assert shell("echo $stop_stage").splitlines()[-1] == "6"
+        assert shell("echo $stop_stage", options="--stage 7").splitlines()[-1] == "7"
+        assert "RUN python local/export.py" not in shell(self.BODY + "export_stage")
 
 
 def test_shared_files_stay_short():

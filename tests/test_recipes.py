@@ -225,7 +225,7 @@ class TestWholeRun:
         (["--stage"], ["--stage needs a value"]),
         (["--stage", "two"], ["--stage must be a whole number"]),
         (["--stage", "4", "--stop-stage", "3"], ["nothing to do"]),
-        (["--stop-stage", "7"], ["stage 7 is not there"]),
+        (["--stop-stage", "8"], ["stage 8 is not there"]),
         (["--scale", "huge"], ["no scale huge", "smoke"]),
         (["--corpus", "timit"], ["--corpus timit is not one of", "--corpus-dir"]),
         (["--corpus", "librispeech", "--manifest-dir", "x"], ["no other source"]),
@@ -270,7 +270,7 @@ def test_help_names_every_option(project):
 def test_channel_and_text_norm_reach_the_manifests(project, tmp_path):
     """What the data programs recommend has to work through run.sh: its own words are run, not a stage."""
     script = f"""
-      recipe=two_pass recipe_dir={project.root}/egs/librispeech/two_pass last_stage=6
+      recipe=two_pass recipe_dir={project.root}/egs/librispeech/two_pass last_stage=7
       source {project.root}/egs/librispeech/common.sh
       parse_options --corpus-dir {tmp_path} --scale smoke "$@"
       manifests_dir=m fbank_dir=f lang_dir=l

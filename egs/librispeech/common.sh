@@ -3,7 +3,7 @@
 #
 # A recipe's run.sh, from top to bottom:
 #
-#   recipe=NAME recipe_dir=ITS_FOLDER last_stage=6
+#   recipe=NAME recipe_dir=ITS_FOLDER last_stage=7
 #   source "$recipe_dir/../common.sh"
 #   parse_options "$@"            sets a variable for each option, see value_options and switch_options
 #   phases="teacher student"      what is trained, in order: each is conf/<scale>/<phase>.yaml and
@@ -19,8 +19,9 @@
 #   train_stage 2 teacher         queues those of these phases that are in `phases`; stages 3 to 5 likewise
 #   train_queued                  trains them, those side by side that need not wait for each other; before any step
 #                                 that uses them
-#   last_stages                   train_queued, then stage 6: decode_stage for what is trained, and the report (a recipe
-#                                 with steps of its own between them calls them itself)
+#   exported="teacher student"    the phases that stage 7 exports
+#   last_stages                   train_queued, then stage 6: decode_stage for what is trained, and the report, then
+#                                 stage 7: export_stage (a recipe with steps of its own between them calls them itself)
 #
 # It may define two functions:
 #
@@ -127,7 +128,8 @@ check_options() {
   for name in stage stop_stage vocab_size nproc jobs channel; do
     [[ ${!name} =~ ^[0-9]*$ ]] || fail "--${name//_/-} must be a whole number, not ${!name}"
   done
-  stop_stage=${stop_stage:-$((stage > last_stage ? stage : last_stage))}
+  # The report ends a run; the export is asked for.
+  stop_stage=${stop_stage:-$((stage > 6 ? stage : 6))}
   [ "$stage" -le "$stop_stage" ] || fail "--stage $stage is after --stop-stage $stop_stage: nothing to do"
   [ "$stop_stage" -le "$last_stage" ] || fail "stage $stop_stage is not there in recipe $recipe; its last is $last_stage"
   [ "$nproc" -ge 1 ] || fail "--nproc must be at least 1"

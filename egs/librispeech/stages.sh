@@ -173,13 +173,16 @@ train_phase() {
   run "${launcher[@]}" local/train.py "${args[@]}" "$@" ${sets[@]+"${sets[@]}"}
 }
 
-# --- Stage 6: decoding and report ----------------------------------------------------------------------------------
+# --- Stages 6 and 7 of most recipes --------------------------------------------------------------------------------
 
 last_stages() {
   train_queued
-  if [ "$stop_stage" -ge 6 ]; then decode_stage; fi
+  if is_asked 6; then decode_stage; fi
   run_stage 6 "report" "" "" stage_report
+  export_stage
 }
+
+# --- Stage 6: decoding and report ----------------------------------------------------------------------------------
 
 # Decodes what is trained, also when later stages have not run.
 decode_stage() {
@@ -237,6 +240,50 @@ decode_phase() {
   run python local/decode.py "${args[@]}" --decoding-method "$2"
   [ "$(config_value "$1" objective)" = dual_mode ] || return 0
   run python local/decode.py "${args[@]}" --decoding-method "${2%,streaming_greedy_search}" --chunk-size 0
+}
+
+# --- Stage 7: for the device ---------------------------------------------------------------------------------------
+
+# Exports those of the phases `exported` that are trained, each through its gate, measures them beside each other and
+# makes the report again. One whose gate is not passed fails the stage, but only when all else is done.
+export_stage() {
+  is_asked 7 || return 0
+  local phase failed="" folders=() made_from=""
+  for phase in $exported; do
+    [[ " $phases " == *" $phase "* ]] || continue
+    if ! is_current "$phase"; then
+      log "Stage 7: $phase is not trained, or was made from what was made anew since: not exported"
+      continue
+    fi
+    # In a process of its own, so that its end is not the recipe's.
+    export_beside "$phase" &
+    running[$!]=$phase
+    wait $! || failed+="${failed:+, }$phase"
+    running=()
+    [ -e "$exp_root/$phase/export/model.json" ] || continue
+    folders+=("$exp_root/$phase/export")
+    made_from+="$phase $(cksum <"$exp_root/$phase/export/model.json")"$'\n'
+  done
+  if [ "${#folders[@]}" = 0 ]; then fail "there is nothing to export in $exp_root; run the stages before first"; fi
+  run_stage 7 "bench" "$exp_root/.done-bench" "$(echo "$made_from")" bench_exported "${folders[@]}"
+  run_stage 7 "report" "" "" stage_report
+  [ -z "$failed" ] || fail "stage 7: the export of $failed failed, or did not pass its gate; see above"
+}
+export_beside() {
+  trap on_exit EXIT
+  trap on_signal INT TERM HUP
+  running=() current_stage=""
+  run_stage 7 "export $1" "$exp_root/$1/.done-export" "$(phase_fingerprint "$1"; training_ended "$1")" export_phase "$1"
+}
+export_phase() {
+  local test dev
+  test=$(parts_of test) dev=$(tune_part)
+  run python local/export.py --exp-dir "$exp_root/$1" --use-averaged-model --test-parts "${test// /,}" --dev-part "$dev"
+}
+bench_exported() {
+  local test
+  test=$(parts_of test)
+  run python local/bench_export.py --export-dir "$@" --test-parts "${test// /,}"
 }
 
 # Makes the report of everything in exp_root and prints the results table. What a smoke run scores is no result.

@@ -4,12 +4,13 @@
 # finetuned from it. Stage 4: supernet_scratch, the same without pretraining; and the controls: offline and streaming,
 # each a dense model of one mode; prune_after, streaming pruned when it was trained; dual_dense, two modes without masks.
 # Stage 5: extracted, the stand-alone sparse model of supernet. Stage 6: every phase decoded in its modes; emission
-# delays; speed; report. --controls 1: also 70 % sparsity, blocks instead of units, and a quarter of the labels.
+# delays; speed; report. Stage 7: the dense model of one mode, supernet and extracted exported. --controls 1: also 70 %
+# sparsity, blocks instead of units, and a quarter of the labels.
 #
 #   ./run.sh --recipe dual_mode [options]            from the top of the repository; ./run.sh --help lists the options
 recipe=dual_mode
 recipe_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-last_stage=6
+last_stage=7
 source "$recipe_dir/../common.sh"
 
 methods=greedy_search,modified_beam_search
@@ -19,6 +20,7 @@ parse_options "$@"
 # The first one says how stage 1 makes the features.
 phases="offline streaming dual_dense pretrain supernet supernet_scratch prune_after extracted"
 begins_with=([supernet]=pretrain [prune_after]=streaming [extracted]=supernet)
+exported="streaming supernet extracted"
 more=""
 if [ "$controls" = 1 ]; then
   more="supernet_s70 prune_after_s70 supernet_block prune_after_block supernet_block_s70 prune_after_block_s70"
@@ -87,9 +89,10 @@ train_stage 4 supernet_scratch offline streaming prune_after dual_dense \
 train_queued
 run_stage 5 extracted "$exp_root/extracted/.done" "$(phase_fingerprint extracted; dependencies extracted)" \
   extract supernet extracted
-if [ "$stop_stage" -ge 6 ]; then
+if is_asked 6; then
   decode_stage
   delay_stage
   speed_stage
 fi
 run_stage 6 "report" "" "" stage_report
+export_stage

@@ -5,11 +5,12 @@
 # step3, of its size and with as many updates as its three steps together, and are always trained. 4: scratch, without a
 # teacher; oneshot, selected and distilled from the teacher at once. 5: noinit_step1, noinit_step2 and noinit, the same
 # chain of teachers from fresh weights: what selection gives. Stage 6: every phase decoded in streaming mode; report.
+# Stage 7: the teacher and step3 exported.
 #
 #   ./run.sh --recipe progressive [options]          from the top of the repository; ./run.sh --help lists the options
 recipe=progressive
 recipe_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-last_stage=6
+last_stage=7
 source "$recipe_dir/../common.sh"
 
 methods=greedy_search,modified_beam_search
@@ -20,6 +21,7 @@ parse_options "$@"
 phases="teacher step1 step2 step3 scratch oneshot noinit_step1 noinit_step2 noinit"
 learns_from=([step1]=teacher [step2]=step1 [step3]=step2 [oneshot]=teacher
   [noinit_step1]=teacher [noinit_step2]=noinit_step1 [noinit]=noinit_step2)
+exported="teacher step3"
 
 # The folder of the phase that the weights of $1 are selected from; nothing where they are fresh, or named by the user.
 selected_from() {

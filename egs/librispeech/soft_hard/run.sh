@@ -4,12 +4,12 @@
 # once for all arms. Stage 4: the arms, {hard, soft, both} for the streaming student and for one that begins with the
 # teacher's weights (self), each beside the same student trained on labelled speech alone, for the same updates; the
 # streaming one with several values of frame_shift. Stage 5: a second generation, labelled by the first. Stage 6: every
-# phase decoded, its emission delay measured, the report.
+# phase decoded, its emission delay measured, the report. Stage 7: the teacher and two students exported.
 #
 #   ./run.sh --recipe soft_hard --stage 0 --stop-stage 6 [options]        ./run.sh --help lists the options
 recipe=soft_hard
 recipe_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-last_stage=6
+last_stage=7
 source "$recipe_dir/../common.sh"
 
 methods=greedy_search,modified_beam_search
@@ -21,6 +21,7 @@ streaming="supervised_streaming hard_streaming soft_streaming softhard_streaming
 shifts="soft_streaming_shift0 soft_streaming_shift4"
 self="supervised_self hard_self soft_self softhard_self"
 phases="teacher base_streaming $streaming $shifts $self hard_self2 soft_self2"
+exported="teacher softhard_streaming hard_streaming"
 # Who labels the speech that a phase learns from; with soft targets it is the teacher as well.
 declare -A labelled_by=([hard_self2]=hard_self [soft_self2]=soft_self)
 for phase in $phases; do
@@ -107,8 +108,9 @@ label_stage 5 hard_self none
 label_stage 5 soft_self float16
 train_stage 5 hard_self2 soft_self2
 train_queued
-if [ "$stop_stage" -ge 6 ]; then
+if is_asked 6; then
   decode_stage
   delay_stage
 fi
 run_stage 6 "report" "" "" stage_report
+export_stage

@@ -2,13 +2,14 @@
 # Two-pass end-to-end ASR compression (Dawalatabad et al., ASRU 2021): an RNN-T with a LAS second pass, made small in
 # three stages of distillation. Stage 2: the teacher's transducer, then its LAS. Stage 3: the student's transducer learns
 # from the teacher's lattice. Stage 4: the student's LAS learns from the teacher's, all else frozen. Stage 5: both passes
-# of the student together. Stage 6: every phase decoded, rescored and reported. --controls 1: stages 3 to 5 once more
-# without a teacher, for the same updates, and stage 5 of the distilled student without the teacher.
+# of the student together. Stage 6: every phase decoded, rescored and reported. Stage 7: teacher and student exported.
+# --controls 1: stages 3 to 5 once more without a teacher, for the same updates, and stage 5 of the distilled student
+# without the teacher.
 #
 #   ./run.sh --stage 0 --stop-stage 6 [options]      from the top of the repository; ./run.sh --help lists the options
 recipe=two_pass
 recipe_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-last_stage=6
+last_stage=7
 source "$recipe_dir/../common.sh"
 
 first_pass=fast_beam_search_nbest
@@ -35,6 +36,7 @@ if [ "$controls" = 1 ]; then phases+=" student_control student_las_control finet
 begins_with=([teacher_las]=teacher [student_las]=student [finetune]=student_las
   [student_las_control]=student_control [finetune_control]=student_las_control [finetune_nokd]=student_las)
 learns_from=([student]=teacher [student_las]=teacher_las [finetune]=teacher_las)
+exported="teacher_las finetune"
 
 start_recipe
 data_stages
