@@ -149,7 +149,9 @@ class SherpaStream:
         return self._recognizer.is_endpoint(self._stream)
 
     def restart(self) -> None:
-        """Forget the words so far; what the model remembers of the audio and the last words stays."""
+        """Begin another utterance, here in the audio, of which nothing is lost. The last tokens stay the
+        prediction network's context; attention looks back to this place.
+        """
         self._recognizer.reset(self._stream)
 
     def _hear(self, samples: np.ndarray) -> None:

@@ -23,7 +23,6 @@ from typing import Any, BinaryIO, Iterator, List, Optional, TextIO
 import numpy as np
 import soundfile
 
-from transducer_kd.arguments import number
 from transducer_kd.export.folder import ModelFolder, open_folder
 from transducer_kd.export.sherpa import DECODING_METHODS, SAMPLING_RATE, SherpaOffline, SherpaStreaming
 from transducer_kd.log import UserError, one_line, run_main, setup_logging
@@ -57,12 +56,14 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     )  # fmt: skip
     add("--decoding-method", choices=DECODING_METHODS, help=f"default {DECODING_METHODS[0]}")
     add("--two-pass", action="store_true", help="modified_beam_search, and the LAS chooses")
-    add("--pause", type=number(0.0), default=1.2, metavar="S", help="stdin: ends an utterance (default 1.2)")
+    add("--pause", type=float, default=1.2, metavar="S", help="stdin: ends an utterance (default 1.2)")
     add("--final-only", action="store_true", help="print no words before an utterance is over")
-    add("--num-threads", type=number(1), default=1, help="CPU threads (default 1)")
+    add("--num-threads", type=int, default=1, help="CPU threads (default 1)")
     args = parser.parse_args(argv)
     if args.two_pass and args.decoding_method:
         parser.error("--two-pass has modified_beam_search as its first pass; leave --decoding-method out")
+    if not args.pause > 0 or args.num_threads < 1:
+        parser.error("--pause must be greater than 0, and --num-threads 1 or more")
     if args.inputs.count(STDIN) > 1:
         parser.error("stdin (-) can be heard once")
     return args
@@ -135,7 +136,11 @@ def _open(name: str) -> soundfile.SoundFile:
         raise UserError(f"{path} is empty (0 bytes); record it again or leave it out")
     try:
         file = soundfile.SoundFile(name)
-    except (soundfile.LibsndfileError, TypeError) as e:  # TypeError: a name that ends like raw PCM
+    except TypeError:  # what libsndfile wants to be told of a name that ends like this
+        raise UserError(
+            f"{path}: raw PCM is heard from stdin: give - instead, and < {shlex.quote(name)}"
+        ) from None
+    except soundfile.LibsndfileError as e:
         raise UserError(f"{path} cannot be read as audio ({one_line(e)}); convert it: {mend}") from None
     problem = None
     if file.samplerate != SAMPLING_RATE:

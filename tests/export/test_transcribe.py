@@ -1,0 +1,310 @@
+"""The program on a device: what it prints, what it refuses, and that it neither grows nor starts slowly."""
+
+import io
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+
+from tests.data.test_features import speechlike
+from tests.export.folders import with_int8, without_metadata
+from transducer_kd.export import transcribe
+from transducer_kd.export.folder import open_folder
+from transducer_kd.export.sherpa import SherpaOffline, SherpaStreaming
+from transducer_kd.export.two_pass import TwoPassRecogniser
+from transducer_kd.log import UserError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SAMPLES = speechlike(40000)
+
+
+@pytest.fixture
+def wav(tmp_path):
+    return written(tmp_path / "a.wav")
+
+
+def written(path, samples=SAMPLES, rate=16000):
+    soundfile.write(path, samples, rate, subtype="FLOAT" if path.suffix == ".wav" else None)
+    return path
+
+
+def as_pcm(samples):
+    return (np.clip(samples, -1, 32767 / 32768) * 32768).astype("<i2").tobytes()
+
+
+def run(capsys, *args):
+    """Lines that the program prints, called in this process."""
+    assert transcribe.main([str(arg) for arg in args]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def listening_to(monkeypatch, pcm, is_terminal=False, step=1000):
+    """Let stdin hold `pcm`, of which a read gets `step` bytes, as from a pipe."""
+
+    class Pipe(io.BytesIO):
+        def read1(self, size=-1):
+            return self.read(min(step, size))
+
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=Pipe(pcm), isatty=lambda: is_terminal))
+
+
+class Process:
+    """The program in a process of its own."""
+
+    def __init__(self, *args, **pipes):
+        command = [sys.executable, "-m", "transducer_kd.export.transcribe", *map(str, args)]
+        self.popen = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **pipes
+        )
+
+    def end(self, pcm=None):
+        out, err = self.popen.communicate(pcm, timeout=120)
+        return self.popen.returncode, out.decode(), err.decode()
+
+
+# ---------------------------------------------------------------- words
+
+
+def test_a_file_streams_and_its_words_come_bit_by_bit(streaming_folder, wav, capsys):
+    *partials, last = run(capsys, streaming_folder, wav)
+    expected = SherpaStreaming(open_folder(streaming_folder)).decode(SAMPLES)
+    assert last == f"{wav}: {expected}" and expected
+    shown = [re.fullmatch(f"{re.escape(str(wav))}: (.*) \\.\\.\\.", line).group(1) for line in partials]
+    assert len(shown) > 2 and len(set(shown)) == len(shown), "a line without new words"
+    assert all(expected.startswith(words) for words in shown)
+    assert run(capsys, streaming_folder, wav, "--final-only") == [last]
+
+
+def test_several_files_of_several_kinds(streaming_folder, wav, capsys):
+    flac, short = written(wav.with_suffix(".flac")), written(wav.with_name("b.wav"), SAMPLES[:160])
+    recogniser = SherpaStreaming(open_folder(streaming_folder))
+    expected = [
+        f"{wav}: {recogniser.decode(SAMPLES)}",
+        f"{short}: {recogniser.decode(SAMPLES[:160])}".rstrip(),
+    ]
+    lines = run(capsys, streaming_folder, wav, flac, short, "--final-only")
+    assert [lines[0], lines[2]] == expected and lines[1].startswith(f"{flac}: ")
+
+
+def test_modes_methods_and_the_second_pass(las_folder, offline_folder, wav, capsys):
+    folder = open_folder(las_folder)
+    for args, expected in (
+        (["--mode", "offline"], SherpaOffline(folder).decode(SAMPLES)),
+        (
+            ["--decoding-method", "modified_beam_search"],
+            SherpaStreaming(folder, decoding_method="modified_beam_search").decode(SAMPLES),
+        ),
+        (["--two-pass"], TwoPassRecogniser(folder).decode(SAMPLES).text()),
+        (
+            ["--two-pass", "--mode", "offline"],
+            TwoPassRecogniser(folder, mode="offline").decode(SAMPLES).text(),
+        ),
+    ):
+        assert run(capsys, las_folder, wav, "--final-only", *args) == [f"{wav}: {expected}"], args
+    expected = SherpaOffline(open_folder(offline_folder)).decode(SAMPLES)
+    assert run(capsys, offline_folder, wav) == [f"{wav}: {expected}"], "it hears whole files: no words before"
+
+
+def test_int8_is_taken_where_it_is_there(streaming_folder, wav, tmp_path, capsys, monkeypatch):
+    taken = []
+
+    class Recogniser(SherpaStreaming):
+        def __init__(self, folder, precision="float", **options):
+            taken.append(precision)
+            super().__init__(folder, precision, **options)
+
+    monkeypatch.setattr(transcribe, "SherpaStreaming", Recogniser)
+    both = with_int8(streaming_folder, tmp_path / "both").path
+    for args in ([streaming_folder, wav], [both, wav], [both, wav, "--precision", "float"]):
+        run(capsys, *args)
+    assert taken == ["float", "int8", "float"]
+    with pytest.raises(UserError, match="has no encoder-streaming.int8.onnx"):
+        transcribe.main([str(streaming_folder), str(wav), "--precision", "int8"])
+
+
+@pytest.mark.parametrize("step", [1, 999, 100000])
+def test_stdin(streaming_folder, monkeypatch, capsys, step):
+    pcm = as_pcm(SAMPLES[:20000] if step == 1 else SAMPLES)
+    listening_to(monkeypatch, pcm, step=step)
+    heard = np.frombuffer(pcm, dtype="<i2").astype(np.float32) / 32768
+    *partials, last = run(capsys, streaming_folder, "-", "--pause", "60")
+    assert last == SherpaStreaming(open_folder(streaming_folder)).decode(heard) != ""
+    assert len(partials) > 1 and all(line.endswith(" ...") for line in partials)
+
+
+@pytest.mark.parametrize("two_pass", [[], ["--two-pass"]])
+def test_a_pause_ends_a_line(las_folder, monkeypatch, capsys, two_pass):
+    """Where a pause of two frames is enough, words come in several lines, and all of them."""
+    listening_to(monkeypatch, as_pcm(SAMPLES))
+    lines = run(capsys, las_folder, "-", "--pause", "0.08", "--final-only", *two_pass)
+    listening_to(monkeypatch, as_pcm(SAMPLES))
+    (line,) = run(capsys, las_folder, "-", "--pause", "60", "--final-only", *two_pass)
+    assert len(lines) > 1 and all(lines), "an utterance without words has no line"
+    assert 0.5 < len("".join(lines)) / len(line) < 2
+
+
+def test_ctrl_c_ends_the_audio_and_not_the_words(streaming_folder, monkeypatch, capsys):
+    def pieces(_):
+        yield SAMPLES[:20000]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transcribe, "_stdin_pieces", pieces)
+    listening_to(monkeypatch, b"")
+    *_, last = run(capsys, streaming_folder, "-", "--pause", "60")
+    assert last == SherpaStreaming(open_folder(streaming_folder)).decode(SAMPLES[:20000])
+
+
+def test_a_line_on_a_terminal_is_written_anew(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    out = io.StringIO()
+    out.isatty = lambda: True
+    printer = transcribe.Printer(out, True)
+    for text in ("turn", "turn", "turn on the light in the kitchen"):
+        printer.partial("a: ", text)
+    printer.final("a: ", "turn on the light in the kitchen")
+    before, *shown = out.getvalue().split("\r")
+    assert (before, shown[:2]) == ("", ["a: turn\x1b[K", "ight in the kitchen\x1b[K"]), "19 columns fit"
+    assert shown[2:] == ["a: turn on the light in the kitchen\x1b[K\n"]
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def refusal(*args):
+    with pytest.raises(UserError) as raised:
+        transcribe.main([str(arg) for arg in args])
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+def test_audio_that_cannot_be_heard_is_named_before_any_is(streaming_folder, wav, capsys, tmp_path):
+    stereo = np.stack([SAMPLES, SAMPLES], axis=1)
+    (tmp_path / "zero.wav").touch()
+    (tmp_path / "text.wav").write_text("no audio at all " * 20)
+    (tmp_path / "a.raw").write_bytes(as_pcm(SAMPLES))
+    for path, problem in (
+        (written(tmp_path / "8 k.wav", rate=8000), "has 8000 Hz, and the model hears 16000 Hz"),
+        (written(tmp_path / "stereo.wav", stereo), "has 2 channels, and the model hears one"),
+        (tmp_path / "text.wav", "cannot be read as audio"),
+        (written(tmp_path / "header.wav", SAMPLES[:0]), "it has a header and no samples"),
+        (tmp_path / "zero.wav", "is empty (0 bytes)"),
+        (tmp_path / "gone.wav", "no such file"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "a.raw", "raw PCM is heard from stdin: give - instead, and < "),
+    ):
+        message = refusal(streaming_folder, wav, path)
+        assert str(path) in message and problem in message
+        assert ("ffmpeg -i " in message) == (path.name in ("8 k.wav", "stereo.wav", "text.wav")), message
+        if path.name == "8 k.wav":
+            assert f"ffmpeg -i '{path}' -ar 16000 -ac 1 '{tmp_path / '8 k.16k.wav'}'" in message
+    assert capsys.readouterr().out == ""
+
+
+def test_samples_that_are_no_numbers(streaming_folder, tmp_path):
+    samples = SAMPLES.copy()
+    samples[30000] = np.nan
+    for args in ([], ["--mode", "offline"]):
+        assert "a.wav holds samples that are no numbers" in refusal(
+            streaming_folder, written(tmp_path / "a.wav", samples), *args
+        )
+
+
+def test_stdin_that_is_no_raw_pcm(streaming_folder, offline_folder, wav, monkeypatch):
+    listening_to(monkeypatch, b"")
+    assert "no audio came from stdin" in refusal(streaming_folder, "-")
+    listening_to(monkeypatch, wav.read_bytes())
+    assert "stdin holds a WAV file" in refusal(streaming_folder, "-")
+    assert "stdin is heard as it comes" in refusal(offline_folder, "-")
+    assert refusal(streaming_folder, "-", "--mode", "offline").endswith("or leave --mode out")
+    listening_to(monkeypatch, b"", is_terminal=True)
+    assert "stdin is a terminal" in refusal(streaming_folder, "-")
+
+
+def test_models_that_cannot_run(streaming_folder, offline_folder, wav, tmp_path):
+    assert "there is no model folder" in refusal(tmp_path / "gone", wav)
+    assert "has no model.json" in refusal(wav.parent, wav)
+    assert "has no mode streaming; it has offline" in refusal(offline_folder, wav, "--mode", "streaming")
+    assert "has no second pass" in refusal(offline_folder, wav, "--two-pass")
+    copy = shutil.copytree(streaming_folder, tmp_path / "copy")
+    joiner = (copy / "joiner.onnx").read_bytes()
+    (copy / "joiner.onnx").write_bytes(joiner[:-1] + b"x")
+    assert "joiner.onnx is not the file that was exported" in refusal(copy, wav)
+    (copy / "joiner.onnx").unlink()
+    assert "joiner.onnx is missing" in refusal(copy, wav)
+    broken = without_metadata(streaming_folder, tmp_path / "broken", "encoder-streaming", "left_context")
+    assert "has no metadata left_context" in refusal(broken.path, wav)
+
+
+def test_options_that_make_no_sense_together(las_folder, capsys):
+    for args, problem in (
+        (["a.wav", "--two-pass", "--decoding-method", "greedy_search"], "leave --decoding-method out"),
+        (["-", "a.wav", "-"], "stdin (-) can be heard once"),
+        (["-", "--pause", "-1"], "must be greater than 0"),
+    ):
+        with pytest.raises(SystemExit):
+            transcribe.main([str(las_folder), *args])
+        assert problem in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- as a process
+
+
+def test_an_error_is_one_line(streaming_folder, tmp_path):
+    status, out, err = Process(streaming_folder, written(tmp_path / "8k.wav", rate=8000)).end()
+    assert (status, out, err.count("\n")) == (1, "", 1) and "has 8000 Hz" in err
+
+
+def test_one_pass_needs_no_torch(streaming_folder, wav):
+    program = (
+        "import sys; from transducer_kd.export import transcribe\n"
+        f"transcribe.main([{str(streaming_folder)!r}, {str(wav)!r}])\n"
+        "print(sorted({'torch', 'lhotse', 'onnxruntime', 'onnx', 'sentencepiece'} & set(sys.modules)))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert out.stdout.splitlines()[-1] == "[]"
+
+
+def test_words_are_there_while_audio_still_comes(streaming_folder):
+    process = Process(streaming_folder, "-", stdin=subprocess.PIPE)
+    process.popen.stdin.write(as_pcm(SAMPLES[:24000]))
+    process.popen.stdin.flush()
+    first = process.popen.stdout.readline().decode()
+    assert first.endswith(" ...\n") and process.popen.poll() is None
+    status, out, err = process.end(as_pcm(SAMPLES[24000:]))
+    assert (status, err) == (0, "") and out.splitlines()[-1].startswith(first[:-5])
+
+
+def test_a_reader_that_has_had_enough_ends_it_quietly(streaming_folder, wav):
+    process = Process(streaming_folder, *[wav] * 30)
+    process.popen.stdout.readline()
+    process.popen.stdout.close()
+    assert process.popen.stderr.read() == b"" and process.popen.wait(timeout=60) == 0
+
+
+def test_five_minutes_take_no_more_memory_than_one(streaming_folder):
+    """Five minutes of samples are 19 MB, and their features 10 MB."""
+    minute = as_pcm(np.tile(SAMPLES, 24))
+    process = Process(streaming_folder, "-", "--final-only", stdin=subprocess.PIPE)
+
+    def resident_mb():
+        (size,) = re.findall(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{process.popen.pid}/status").read_text())
+        return int(size) / 1024
+
+    used = []
+    for _ in range(5):
+        # What a pipe holds (64 kB) has not been heard yet when write returns: 2 seconds.
+        process.popen.stdin.write(minute)
+        process.popen.stdin.flush()
+        used.append(resident_mb())
+    status, out, err = process.end()
+    assert (status, err) == (0, "") and out
+    assert used[-1] - used[0] < 4, used
