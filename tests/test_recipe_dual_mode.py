@@ -84,6 +84,10 @@ class TestConfigurations:
                 del pruning["initial_sparsity"]
             assert one == other
 
+    def test_all_but_pretraining_hear_the_same_silence(self, phases):
+        probs = {name: config.data.silence_prob for name, config in phases.items()}
+        assert probs.pop("pretrain") == 0.0 and set(probs.values()) == {0.1}
+
     def test_every_phase_that_is_compared_with_is_there(self, phases):
         for config in phases.values():
             assert set(config.compare_with) < set(phases)

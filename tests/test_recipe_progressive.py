@@ -11,6 +11,8 @@ import pytest
 from transducer_kd.compress.select import check_fits
 from transducer_kd.config import load_config, to_dict
 from transducer_kd.models.transducer import Transducer
+from transducer_kd.train import experiment, reuse
+from transducer_kd.train.checkpoint import save_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
 from recipe_project import ROOT, Project, copy_project  # noqa: E402
@@ -31,6 +33,10 @@ def scale(request):
 def phases(scale):
     assert sorted(p.stem for p in (CONF / scale).glob("*.yaml")) == sorted(TRAINED)
     return {name: load_config(CONF / scale / f"{name}.yaml") for name in TRAINED}
+
+
+def teacher_of(recipe, scale):
+    return load_config(ROOT / f"egs/librispeech/{recipe}/conf/{scale}/teacher.yaml")
 
 
 def deployed(config, scale):
@@ -89,10 +95,25 @@ class TestConfigurations:
         encoders = [config.model.encoder for config in phases.values()]
         assert len({(e.chunk_size, e.left_context) for e in encoders}) == 1 and encoders[0].chunk_size > 0
         assert all(config.distill.frame_shift == 0 for config in phases.values())
-        offline = load_config(ROOT / f"egs/librispeech/two_pass/conf/{scale}/teacher.yaml").model
+        offline = teacher_of("soft_hard", scale).model
         chunks = {"chunk_size": encoders[0].chunk_size, "left_context": encoders[0].left_context}
         assert encoders[0] == dataclasses.replace(offline.encoder, **chunks)
         assert phases["teacher"].model == dataclasses.replace(offline, encoder=encoders[0])
+
+    def test_all_hear_the_same_silence(self, phases):
+        assert {config.data.silence_prob for config in phases.values()} == {0.1}
+
+    def test_the_teacher_is_taken_over_from_recipe_two_pass(self, phases, scale, tmp_path):
+        """Without training: a folder as two_pass's teacher leaves it. That of scale mini is a larger one."""
+        theirs, ours = teacher_of("two_pass", scale), phases["teacher"]
+        there, here = tmp_path / "two_pass/teacher", tmp_path / "progressive/teacher"
+        experiment.prepare_exp_dir(there, theirs, 1, {})
+        experiment.write_meta(there, {"bpe_sha256": "b", "origins": {}})
+        save_checkpoint(there / "epoch-1.pt", {"model": {}, "progress": {"step": theirs.train.max_steps}})
+        is_taken = reuse.take_over(here, [there], ours, "b", {})
+        assert is_taken == (scale != "mini") == (here / "epoch-1.pt").exists()
+        theirs.recipe = ours.recipe
+        assert (to_dict(theirs) == to_dict(ours)) == is_taken
 
     def test_the_last_step_is_compared_with_every_control(self, phases):
         assert phases["step3"].compare_with == ["scratch", "oneshot", "noinit"]

@@ -14,8 +14,6 @@ from transducer_kd.data.pseudo_labels import load_pseudo_labels, read_soft_targe
 from transducer_kd.models.transducer import Transducer
 from transducer_kd.report import collect
 from transducer_kd.report import phases as report_phases
-from transducer_kd.train import experiment, reuse
-from transducer_kd.train.checkpoint import save_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
 from recipe_project import DATA, ROOT, Project, copy_project  # noqa: E402
@@ -40,10 +38,6 @@ def scale(request):
 def phases(scale):
     assert sorted(p.stem for p in (CONF / scale).glob("*.yaml")) == sorted(TRAINED)
     return {name: load_config(CONF / scale / f"{name}.yaml") for name in TRAINED}
-
-
-def two_pass_teacher(scale):
-    return load_config(ROOT / f"egs/librispeech/two_pass/conf/{scale}/teacher.yaml")
 
 
 class TestConfigurations:
@@ -105,19 +99,6 @@ class TestConfigurations:
         expected["hard_self2"] = ["supervised_self", "hard_self"]
         expected["soft_self2"] = ["supervised_self", "soft_self", "hard_self2"]
         assert told == expected
-
-    def test_the_teacher_is_taken_over_from_recipe_two_pass(self, phases, scale, tmp_path):
-        """Without training: a folder as two_pass's teacher leaves it."""
-        theirs, ours = two_pass_teacher(scale), phases["teacher"]
-        there, here = tmp_path / "two_pass/teacher", tmp_path / "soft_hard/teacher"
-        experiment.prepare_exp_dir(there, theirs, 1, {})
-        experiment.write_meta(there, {"bpe_sha256": "b", "origins": {}})
-        save_checkpoint(there / "epoch-1.pt", {"model": {}, "progress": {"step": theirs.train.max_steps}})
-        is_taken = reuse.take_over(here, [there], ours, "b", {})
-        # At scale smoke what the teacher labels with has to be more than blanks.
-        assert is_taken == (scale != "smoke") == (here / "epoch-1.pt").exists()
-        theirs.recipe = ours.recipe
-        assert (to_dict(theirs) == to_dict(ours)) == is_taken
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from transducer_kd.config import load_config
+
 sys.path.insert(0, str(Path(__file__).parent))
 from recipe_project import DATA, ROOT, Project, copy_project  # noqa: E402
 
@@ -107,6 +109,17 @@ class TestWholeRun:
         for name in ("report.html", "report.json", "RESULTS.md", "log/stage-2-teacher.log"):
             assert (smoke.exp / name).stat().st_size > 0, name
         assert not (smoke.root / "egs/librispeech/two_pass/RESULTS.md").exists()
+
+    def test_every_phase_streams(self, smoke):
+        """Chunk by chunk it says what it says where the chunks are a mask over the whole utterance."""
+        for phase in TRAINED:
+            records = json.loads((smoke.exp / phase / "metrics.json").read_text())
+            assert {record["mode"] for record in records} == {"streaming"}
+            said = {
+                (r["test_set"], r["method"]): (smoke.exp / phase / r["recogs"]).read_text() for r in records
+            }
+            for part in ("test-clean", "test-other"):
+                assert said[part, "streaming_greedy_search"] == said[part, "greedy_search"], phase
 
     def test_freezing_the_first_pass_keeps_its_results_to_the_letter(self, smoke):
         """Stage 4 trains the LAS alone: what the transducer recognises may not change in a single word."""
@@ -209,6 +222,17 @@ class TestWholeRun:
         assert "ERROR stage 1 (features and BPE) failed" in last and "stage-1-features-and-BPE.log" in last
         assert "The same command without --force goes on from here" in last
         assert "run stage 0 first" in output
+
+
+@pytest.mark.parametrize("scale", ["smoke", "mini", "small", "full"])
+def test_teacher_and_students_stream_in_the_same_chunks_and_hear_the_same_silence(scale):
+    folder = ROOT / "egs/librispeech/two_pass/conf" / scale
+    phases = {path.stem: load_config(path) for path in folder.glob("*.yaml")}
+    assert sorted(phases) == sorted(TRAINED)
+    encoders = [config.model.encoder for config in phases.values()]
+    assert len({(e.chunk_size, e.left_context) for e in encoders}) == 1 and encoders[0].chunk_size > 0
+    assert all(config.distill.frame_shift == 0 for config in phases.values())
+    assert {config.data.silence_prob for config in phases.values()} == {0.1}
 
 
 @pytest.mark.parametrize(

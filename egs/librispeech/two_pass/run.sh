@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Two-pass end-to-end ASR compression (Dawalatabad et al., ASRU 2021): an RNN-T with a LAS second pass, made small in
-# three stages of distillation. Stage 2: the teacher's transducer, then its LAS. Stage 3: the student's transducer learns
-# from the teacher's lattice. Stage 4: the student's LAS learns from the teacher's, all else frozen. Stage 5: both passes
-# of the student together. Stage 6: every phase decoded, rescored and reported. Stage 7: teacher and student exported.
-# --controls 1: stages 3 to 5 once more without a teacher, for the same updates, and stage 5 of the distilled student
-# without the teacher.
+# Two-pass end-to-end ASR compression (Dawalatabad et al., ASRU 2021): a streaming RNN-T and a LAS second pass, made
+# small in three stages of distillation. Stage 2: the teacher's transducer, then its LAS. Stage 3: the student's
+# transducer learns from the teacher's lattice. Stage 4: the student's LAS learns from the teacher's, all else frozen.
+# Stage 5: both passes of the student together. Stage 6: every phase decoded, rescored and reported. Stage 7: teacher
+# and student exported. --controls 1: stages 3 to 5 once more without a teacher, for the same updates, and stage 5 of
+# the distilled student without the teacher.
 #
 #   ./run.sh --stage 0 --stop-stage 6 [options]      from the top of the repository; ./run.sh --help lists the options
 recipe=two_pass
