@@ -1,0 +1,107 @@
+#!/usr/bin/env python3
+"""Measure model folders in sherpa-onnx on one thread: speed, latency, memory, size.
+
+The first is what the others are compared with:
+
+  local/bench_export.py --export-dir EXP/teacher/export EXP/student/export --test-parts test-clean,test-other
+
+Every folder is measured as float and as int8, all of them in one run in which they take turns, on speech of
+the test parts. One that can stream does, in pieces of 0.1 s; others hear utterances of 10 s. Real-time factor
+(RTF): processor seconds for a second of audio. It is given with and without the features, which cost the same
+for every model. Memory is that of a process of its own, which streams five minutes; it and the latency of a
+chunk, in the first and in the last of these minutes, show whether they grow.
+
+Writes bench.json into each folder, and prints a table.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, Dict, List
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from transducer_kd.arguments import number, split_list  # noqa: E402
+from transducer_kd.log import UserError, read_json, run_main, setup_logging, write_json  # noqa: E402
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--export-dir", type=Path, nargs="+", required=True, help="model folders, the reference first")
+    add("--test-parts", action="append", metavar="PART[,PART...]", help="default: test-clean,test-other")
+    add("--fbank-dir", type=Path, help="folder with cuts_<part>.jsonl.gz (default: as the first was trained)")
+    add("--audio-s", type=number(1), default=60, help="audio of a turn (default %(default)s)")
+    add("--turns", type=number(1), default=25, help="turns of every model (default %(default)s)")
+    add(
+        "--stream-s", type=number(120), default=300, help="audio of a stream for memory (default %(default)s)"
+    )
+    add("--streams", type=number(1), default=3, help="such streams of every model (default %(default)s)")
+    args = parser.parse_args()
+    args.parts = split_list(args.test_parts or ["test-clean,test-other"])
+    if not args.parts:
+        parser.error("--test-parts names nothing")
+    return args
+
+
+def main() -> int:
+    args = parse_arguments()
+    setup_logging()
+    # Imported late: --help and a mistyped option should answer at once.
+    from transducer_kd.export import bench
+    from transducer_kd.export.folder import open_folder
+    from transducer_kd.train.experiment import git_commit
+
+    folders: Dict[str, Any] = {}
+    for path in args.export_dir:
+        name = path.resolve().parent.name
+        if name in folders:
+            raise UserError(f"{folders[name].path} and {path} are both of a phase {name}; name one of them")
+        folders[name] = open_folder(path)
+    samples = speech(args.fbank_dir or trained_on(args.export_dir[0]), args.parts, args.stream_s)
+    amounts = bench.Amounts(args.audio_s, args.turns, args.stream_s, args.streams)
+    rows = bench.measure(folders, samples, amounts)
+    about = {
+        "reference": f"{rows[0].phase} {rows[0].precision}",
+        "num_threads": 1,
+        "runtime": bench.RUNTIME,
+        "turns": args.turns,
+        "audio_s": args.audio_s,
+        "stream_s": args.stream_s,
+        "commit": git_commit(),
+        "command": shlex.join(sys.argv),
+    }
+    for name, folder in folders.items():
+        own = {"checkpoint": folder.info["checkpoint"], "rows": bench.as_json(rows, name)}
+        write_json(folder.path / "bench.json", {**about, **own})
+    print(bench.table(rows))
+    return 0
+
+
+def trained_on(export_dir: Path) -> Path:
+    """The folder of features that a phase was trained with."""
+    return Path(read_json(export_dir.resolve().parent / "config.json")["data"]["fbank_dir"])
+
+
+def speech(fbank_dir: Path, parts: List[str], seconds: float) -> Any:
+    """Utterances of the parts one after the other, samples (S,), as many as `seconds` need."""
+    import numpy as np
+
+    from transducer_kd.data.datamodule import load_cuts
+    from transducer_kd.data.dataset import load_audio
+
+    found, found_s = [], 0.0
+    for part in parts:
+        for cut in load_cuts(fbank_dir, part):
+            if found_s >= seconds:
+                break
+            found.append(load_audio(cut))
+            found_s += cut.duration
+    return np.concatenate(found)
+
+
+if __name__ == "__main__":
+    run_main(main)
