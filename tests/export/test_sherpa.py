@@ -124,8 +124,24 @@ def test_words_do_not_depend_on_how_audio_is_cut(streaming_folder, piece):
         stream.accept(samples)
 
 
-def test_no_audio_is_lost_where_an_utterance_ends(streaming_folder):
-    """The next one keeps the context of tokens and convolutions; attention looks back to where it began."""
+def test_utterances_follow_each_other_and_the_model_goes_on(streaming_folder):
+    recogniser, samples = SherpaStreaming(open_folder(streaming_folder)), speechlike(50000)
+    stream, tokens, texts = recogniser.stream(), [], []
+    for start in range(0, len(samples), 7000):
+        stream.accept(samples[start : start + 7000])
+        tokens, texts = tokens + stream.tokens(), [*texts, stream.text()]
+        assert "".join(stream.tokens()).replace("\u2581", " ").strip() == stream.text()
+        stream.restart()
+        assert (stream.text(), stream.tokens()) == ("", [])
+    whole = recogniser.stream()
+    whole.accept(samples)
+    assert tokens == whole.tokens() and len(tokens) > 10
+    assert "".join(texts).replace(" ", "") == whole.text().replace(" ", "")
+
+
+def test_words_that_are_over_are_let_go_in_the_end_and_no_audio_is_lost(streaming_folder, monkeypatch):
+    """Then the context of tokens and convolutions stays, and attention looks back to where that was."""
+    monkeypatch.setattr(sherpa, "MOST_TOKENS", 0)
     folder, samples = open_folder(streaming_folder), speechlike(50000)
     stream, taken = SherpaStreaming(folder).stream(), []
     model, heard = OnnxTransducer(folder), FeatureStream()

@@ -149,6 +149,15 @@ def test_a_pause_ends_a_line(las_folder, monkeypatch, capsys, two_pass):
     assert 0.5 < len("".join(lines)) / len(line) < 2
 
 
+def test_two_passes_over_a_file_go_by_utterances(las_folder, tmp_path, monkeypatch, capsys):
+    wav = tmp_path / "a.wav"
+    soundfile.write(wav, SAMPLES, 16000, subtype="PCM_16")
+    listening_to(monkeypatch, soundfile.read(wav, dtype="int16")[0].tobytes(), step=100000)
+    options = ["--pause", "0.08", "--final-only", "--two-pass"]
+    lines = run(capsys, las_folder, "-", *options)
+    assert len(lines) > 1 and run(capsys, las_folder, wav, *options) == [f"{wav}: {' '.join(lines)}"]
+
+
 def test_ctrl_c_ends_the_audio_and_not_the_words(streaming_folder, monkeypatch, capsys):
     def pieces(_):
         yield SAMPLES[:20000]

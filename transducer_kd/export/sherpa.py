@@ -31,6 +31,9 @@ MIN_FEATURE_FRAMES = 7
 
 PIECE_SAMPLES = SAMPLING_RATE // 2  # samples that a stream takes in before it decodes: memory is for so many
 _NEVER_S = 1e9
+MOST_TOKENS = (
+    1000  # of utterances that are over; some minutes of speech, which are still in sherpa-onnx's result
+)
 
 
 def num_frames(num_samples: int) -> int:
@@ -115,6 +118,7 @@ class SherpaStream:
         self._recognizer, self._chunk_size = recogniser.recognizer, recogniser.chunk_size
         self._stream = self._recognizer.create_stream()
         self._num_samples, self._is_finished = 0, False
+        self._earlier_text, self._num_earlier_tokens = "", 0  # of utterances that are over
 
     def accept(self, samples: np.ndarray) -> None:
         """Hear the next samples (S,), any number of them, and decode the chunks that are complete."""
@@ -133,26 +137,33 @@ class SherpaStream:
         self._decode()
 
     def text(self) -> str:
-        """The words so far."""
-        return self._recognizer.get_result(self._stream)
-
-    def tokens(self) -> List[str]:
-        """The tokens so far, as they stand in tokens.txt."""
-        return self._recognizer.tokens(self._stream)
+        """The words of the utterance so far."""
+        return self._all_text()[len(self._earlier_text) :].strip()
 
     def final_text(self) -> str:
         """The words of the utterance."""
         return self.text()
+
+    def tokens(self) -> List[str]:
+        """The tokens of the utterance so far, as they stand in tokens.txt."""
+        return self._recognizer.tokens(self._stream)[self._num_earlier_tokens :]
 
     def at_pause(self) -> bool:
         """No words have come for pause_s seconds of audio."""
         return self._recognizer.is_endpoint(self._stream)
 
     def restart(self) -> None:
-        """Begin another utterance, here in the audio, of which nothing is lost. The last tokens stay the
-        prediction network's context; attention looks back to this place.
-        """
-        self._recognizer.reset(self._stream)
+        """Begin another utterance, here in the audio. Nothing of it is lost; the model goes on as before."""
+        self._earlier_text = self._all_text()
+        self._num_earlier_tokens += len(self.tokens())
+        if self._num_earlier_tokens > MOST_TOKENS:
+            # This lets the words go, and also hides from attention what was before, which may be the first
+            # half of a word: not at every pause.
+            self._recognizer.reset(self._stream)
+            self._earlier_text, self._num_earlier_tokens = "", 0
+
+    def _all_text(self) -> str:
+        return self._recognizer.get_result(self._stream)
 
     def _hear(self, samples: np.ndarray) -> None:
         for start in range(0, len(samples), PIECE_SAMPLES):

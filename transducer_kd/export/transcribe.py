@@ -9,7 +9,7 @@ shows its words as they come: on a terminal the line is written anew, elsewhere 
 follow each other (--final-only leaves them out). Memory does not grow with the length of the audio.
 
 One pass runs in sherpa-onnx, as in a phone. --two-pass lets the LAS of the folder choose from the first
-pass's hypotheses when an utterance is over.
+pass's hypotheses when an utterance is over: of a file that streams too, after a pause.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     )  # fmt: skip
     add("--decoding-method", choices=DECODING_METHODS, help=f"default {DECODING_METHODS[0]}")
     add("--two-pass", action="store_true", help="modified_beam_search, and the LAS chooses")
-    add("--pause", type=float, default=1.2, metavar="S", help="stdin: ends an utterance (default 1.2)")
+    add("--pause", type=float, default=1.2, metavar="S", help="what ends an utterance (default 1.2)")
     add("--final-only", action="store_true", help="print no words before an utterance is over")
     add("--num-threads", type=int, default=1, help="CPU threads (default 1)")
     args = parser.parse_args(argv)
@@ -83,7 +83,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             if name == STDIN:
                 _transcribe_stdin(recogniser, printer)
             else:
-                _transcribe_file(recogniser, mode, name, printer)
+                _transcribe_file(recogniser, mode, name, printer, by_utterance=args.two_pass)
     except BrokenPipeError:
         # Who read the words has had enough (| head -1). Python would say so again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -232,18 +232,24 @@ class Printer:
         self._shown = ""
 
 
-def _transcribe_file(recogniser: Any, mode: str, name: str, printer: Printer) -> None:
+def _transcribe_file(recogniser: Any, mode: str, name: str, printer: Printer, by_utterance: bool) -> None:
+    """One line for a file. by_utterance: a pause ends an utterance and lets go what was kept of it."""
     label = f"{name}: "
     if mode != "streaming":
         found = recogniser.decode(np.concatenate(list(_file_pieces(name))))
         printer.final(label, found if isinstance(found, str) else found.text())
         return
-    stream = recogniser.stream()
+    stream, said = recogniser.stream(), []
     for piece in _file_pieces(name):
         stream.accept(piece)
-        printer.partial(label, stream.text())
+        text = stream.text()
+        if by_utterance and stream.at_pause():
+            said += [stream.final_text()] if text else []
+            stream.restart()
+            text = ""
+        printer.partial(label, " ".join([*said, text]).rstrip())
     stream.finish()
-    printer.final(label, stream.final_text())
+    printer.final(label, " ".join([*said, stream.final_text()]))
 
 
 def _transcribe_stdin(recogniser: Any, printer: Printer) -> None:

@@ -129,11 +129,20 @@ class TwoPassStream:
         self._features, self._state = FeatureStream(), self._model.streaming_init(1)
         self._advance = SUBSAMPLING_FACTOR * self._model.chunk_size
         self._num_samples, self._is_finished = 0, False
-        self.restart()
+        self._begin([])
 
     def restart(self) -> None:
-        """Forget the utterance so far; what the encoder remembers of the audio stays."""
-        self._encoded: List[Encoded] = []
+        """Begin another utterance, here in the audio, of which nothing is lost: the last chunk may hold the
+        beginning of its first word, and belongs to it where no word has come out of it yet.
+        """
+        timestamps = self._greedy().timestamps
+        chunk_size = self._model.chunk_size
+        is_silent = not timestamps or timestamps[-1] < self._searcher.frames_seen - chunk_size
+        self._begin(self._encoded[-1:] if is_silent else [])
+
+    def _begin(self, encoded: List[Encoded]) -> None:
+        """Begin an utterance, of which these chunks are there."""
+        self._encoded = encoded
         self._num_searched = 0  # of them
         self._searcher = GreedySearcher(self._model, 1, torch.device("cpu"))
 
