@@ -139,6 +139,18 @@ def test_utterances_follow_each_other_and_the_model_goes_on(streaming_folder):
     assert "".join(texts).replace(" ", "") == whole.text().replace(" ", "")
 
 
+def test_a_beam_search_cannot_change_words_of_an_utterance_that_is_over(streaming_folder):
+    """The earlier words would otherwise stand before the new ones, at another length than they had."""
+    recogniser = SherpaStreaming(open_folder(streaming_folder), decoding_method="modified_beam_search")
+    stream = recogniser.stream()
+    for seed in range(6):
+        stream.accept(speechlike(9000, seed))
+        text = stream.text()
+        assert "".join(stream.tokens()).replace("\u2581", " ").strip() == text != ""
+        stream.restart()
+        assert (stream.text(), stream.tokens(), recogniser.recognizer.tokens(stream._stream)) == ("", [], [])
+
+
 def test_words_that_are_over_are_let_go_in_the_end_and_no_audio_is_lost(streaming_folder, monkeypatch):
     """Then the context of tokens and convolutions stays, and attention looks back to where that was."""
     monkeypatch.setattr(sherpa, "MOST_TOKENS", 0)

@@ -86,6 +86,7 @@ class SherpaStreaming:
                 f"{folder.path}: this model does not stream, it hears whole utterances; use mode offline"
             )
         self.chunk_size = int(folder.info["chunk_size"])
+        self.is_greedy = decoding_method == "greedy_search"
         self.recognizer = sherpa_onnx.OnlineRecognizer.from_transducer(
             **_arguments(folder, "encoder-streaming", precision, num_threads, decoding_method, beam_size),
             enable_endpoint_detection=pause_s > 0,
@@ -116,6 +117,7 @@ class SherpaStream:
 
     def __init__(self, recogniser: SherpaStreaming):
         self._recognizer, self._chunk_size = recogniser.recognizer, recogniser.chunk_size
+        self._is_greedy = recogniser.is_greedy
         self._stream = self._recognizer.create_stream()
         self._num_samples, self._is_finished = 0, False
         self._earlier_text, self._num_earlier_tokens = "", 0  # of utterances that are over
@@ -156,9 +158,9 @@ class SherpaStream:
         """Begin another utterance, here in the audio. Nothing of it is lost; the model goes on as before."""
         self._earlier_text = self._all_text()
         self._num_earlier_tokens += len(self.tokens())
-        if self._num_earlier_tokens > MOST_TOKENS:
+        if self._num_earlier_tokens > (MOST_TOKENS if self._is_greedy else 0):
             # This lets the words go, and also hides from attention what was before, which may be the first
-            # half of a word: not at every pause.
+            # half of a word: not at every pause. But a beam search may yet change words of before.
             self._recognizer.reset(self._stream)
             self._earlier_text, self._num_earlier_tokens = "", 0
 
