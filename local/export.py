@@ -1,0 +1,202 @@
+#!/usr/bin/env python3
+"""Export a trained phase for a device: ONNX files for sherpa-onnx, float and int8, and the gate they pass.
+
+  local/export.py --exp-dir DIR --use-averaged-model --test-parts test-clean,test-other --dev-part dev
+
+Writes the model folder <exp-dir>/export/: encoders that stream and that hear whole utterances, decoder,
+joiner and, where the phase has one, the LAS, each as float and as int8; tokens.txt, bpe.model,
+model.safetensors, a model card and model.json. What becomes int8, and how the scores of a LAS join those of
+the beam search, is chosen on the dev part.
+
+Then the gate: PyTorch on whole utterances and chunk by chunk, sherpa-onnx with the float files and with the
+int8 files have to agree, tensor by tensor, on every utterance of the test parts and on odd inputs made of
+dev recordings. What was found is printed and kept in gate.json. The exit status is 1 unless the gate is
+passed; the folder stays in any case.
+
+A model of two modes gets its own of each; one that only streams hears whole utterances with its chunks.
+"""
+
+import argparse
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from transducer_kd.arguments import check_epoch, number, split_list  # noqa: E402
+from transducer_kd.log import UserError, run_main, setup_logging, write_json  # noqa: E402
+
+RESCORE = "modified_beam_search_las_rescore"  # what a device can do: there is no k2
+ODD_RECORDINGS = 4  # of the dev part
+MAX_DURATION_S = 200.0  # audio in a batch that the second pass is tuned on
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--exp-dir", type=Path, required=True, help="experiment folder of the phase, with epoch-N.pt")
+    add("--epoch", type=number(-1), default=0, help="N for epoch-N.pt; 0: the last one; -1: best-valid.pt")
+    add("--avg", type=number(1), default=1, help="average over this many epochs, ending at --epoch")
+    add("--use-averaged-model", action="store_true", help="average all weights seen in those epochs")
+    add("--output-dir", type=Path, help="the model folder (default: <exp-dir>/export)")
+    add("--test-parts", action="append", metavar="PART[,PART...]", help="default: test-clean,test-other")
+    add("--dev-part", default="dev", metavar="PART", help="what to choose on (default: %(default)s)")
+    add(
+        "--num-dev",
+        type=number(1),
+        default=250,
+        help="so many of its utterances try int8 (default %(default)s)",
+    )
+    add("--beam-size", type=number(1), default=4, help="of two passes: hypotheses kept (default %(default)s)")
+    add("--skip-gate", action="store_true", help="only write the folder")
+    add("--fbank-dir", default="", help="folder with cuts_<part>.jsonl.gz (default: as in training)")
+    add("--lang-dir", default="", help="folder with bpe.model (default: as in training)")
+    args = parser.parse_args()
+    check_epoch(parser, args)
+    args.parts = split_list(args.test_parts or ["test-clean,test-other"])
+    if not args.parts:
+        parser.error("--test-parts names nothing")
+    if args.dev_part in args.parts:
+        parser.error(
+            f"--dev-part {args.dev_part} is also to be tested: nothing may be chosen on what is tested; name "
+            "another part, or leave it out of --test-parts"
+        )
+    args.output_dir = args.output_dir or args.exp_dir / "export"
+    return args
+
+
+def main() -> int:
+    args = parse_arguments()
+    setup_logging()
+    # Imported late: --help and a mistyped option should answer at once.
+    from transducer_kd import build
+    from transducer_kd.data.features import FeatureExtractor
+    from transducer_kd.export import implementations, parity
+    from transducer_kd.export.card import write_card
+    from transducer_kd.export.dev_speech import DevSpeech, steady_recordings
+    from transducer_kd.export.odd_inputs import of_recordings
+    from transducer_kd.export.quantise import quantise
+    from transducer_kd.export.tensors import check_tensors
+    from transducer_kd.export.write import write_folder
+    from transducer_kd.train.experiment import git_commit
+
+    loaded = build.load_model(
+        args.exp_dir, args.epoch, args.avg, args.use_averaged_model, lang_dir=args.lang_dir
+    )
+    data = loaded.config.data
+    data.fbank_dir = args.fbank_dir or data.fbank_dir
+    if args.dev_part in data.train_parts:
+        raise UserError(
+            f"--dev-part {args.dev_part}: {args.exp_dir} was trained on it and makes fewer errors there than "
+            "elsewhere; name a dev part"
+        )
+    speech = {part: recordings_of(loaded.config, part) for part in args.parts}
+    dev = list(recordings_of(loaded.config, args.dev_part, args.num_dev)())
+    run = {"commit": git_commit(), "command": shlex.join(sys.argv)}
+    modes = modes_of(loaded)
+    main_mode = modes.get("streaming", modes["offline"])
+    rescore = tune(main_mode, args) if loaded.model.las is not None else None
+    config = loaded.config
+    about = {
+        **{name: getattr(config, name) for name in ("recipe", "corpus", "scale", "phase")},
+        "checkpoint": loaded.checkpoint,
+        "bpe_sha256": loaded.tokenizer.sha256,
+        **run,
+    }
+    for name in ("gate.json", "bench.json"):  # of an earlier export
+        (args.output_dir / name).unlink(missing_ok=True)
+    folder, parts = write_folder(
+        args.output_dir,
+        main_mode.model,
+        modes["offline"].model,
+        loaded.model.state_dict(),
+        loaded.tokenizer.path.parent,
+        about,
+        rescore,
+    )
+    models = implementations.TorchModels(
+        {mode: own.model for mode, own in modes.items()},
+        FeatureExtractor("lhotse").extract,
+        lambda tokens: loaded.tokenizer.decode(tokens).split(),
+    )
+    some = steady_recordings(folder, models, dev, ODD_RECORDINGS)
+    odd = of_recordings({one.name: one.samples for one in some}, folder.info["chunk_size"])
+    folder = quantise(folder, parts, DevSpeech(folder, models, dev, odd).loss)
+    gate = None
+    if not args.skip_gate:
+        tensors = check_tensors(folder, parts, main_mode.model)
+        gate = parity.check(implementations.comparisons(folder, models), tensors, speech, odd, run)
+        write_json(args.output_dir / "gate.json", gate)
+        print(parity.table(gate))
+    write_card(folder, gate)
+    return 0 if gate is None or gate["passed"] else 1
+
+
+def modes_of(loaded: Any) -> Dict[str, Any]:
+    """Mode -> the phase in that mode alone, as a device runs it."""
+    chunk_size = loaded.config.model.encoder.chunk_size
+    if not chunk_size:
+        return {"offline": loaded.in_mode(0)}
+    streaming = loaded.in_mode(chunk_size)
+    has_both = loaded.config.objective == "dual_mode"
+    return {"streaming": streaming, "offline": loaded.in_mode(0) if has_both else streaming}
+
+
+def recordings_of(config: Any, part: str, num: int = 0) -> Callable[[], Iterator[Any]]:
+    """Function: the recordings of a part, one after the other; num: so many, from all over it; 0: all.
+
+    UserError where the part is not there, or empty.
+    """
+    from transducer_kd.data.datamodule import load_cuts
+    from transducer_kd.data.dataset import cut_text, load_audio
+    from transducer_kd.export.parity import Recording
+
+    cuts = load_cuts(Path(config.data.fbank_dir), part)
+    if not cuts:
+        raise UserError(f"part {part} has no utterance; name another one")
+    if 0 < num < len(cuts):
+        cuts = [cuts[i * len(cuts) // num] for i in range(num)]
+    return lambda: (Recording(cut.id, load_audio(cut), cut_text(cut).split()) for cut in cuts)
+
+
+def tune(loaded: Any, args: argparse.Namespace) -> Dict[str, Any]:
+    """How two passes join on a device, in the mode that it is to use most, tuned on the dev part."""
+    import torch
+
+    from transducer_kd import build
+    from transducer_kd.decode import evaluate, rescore
+
+    options = evaluate.SearchOptions(loaded.config.model.encoder.chunk_size, beam_size=args.beam_size)
+    data = build.build_data(loaded.config.data, loaded.tokenizer)
+    decoder = evaluate.PartDecoder(
+        loaded.model,
+        loaded.tokenizer,
+        lambda: data.test_batches(args.dev_part, MAX_DURATION_S),
+        options,
+        torch.device("cpu"),
+    )
+    settings = options.of_nbest(RESCORE)
+    found = rescore.tune(
+        decoder.scored_nbests(RESCORE),
+        decoder.words,
+        part=args.dev_part,
+        method=RESCORE,
+        checkpoint=loaded.checkpoint,
+        settings=settings,
+    )
+    logging.info("%s", found.line())
+    return {
+        "method": RESCORE,
+        "mu": found.mu,
+        "length_weight": found.length_weight,
+        "tuned_on": found.part,
+        **settings,
+    }
+
+
+if __name__ == "__main__":
+    run_main(main)
