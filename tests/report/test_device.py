@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from transducer_kd.log import UserError, write_json
-from transducer_kd.report import collect, device, exports, fields, html, plots, tables, text
+from transducer_kd.report import collect, device, fields, html, plots, tables, text
 from transducer_kd.report.fields import Maybe
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -89,8 +89,8 @@ def test_time_and_memory_of_the_first_and_the_last_minute(root):
     rows = device.speed_rows(report)
     assert rows[0][3:] == [
         "RTF", "RTF without features", "times faster", "times faster without features", "ms a chunk",
-        "peak MB", "first minute of five: MB", "first minute of five: ms a chunk", "last minute of five: MB",
-        "last minute of five: ms a chunk",
+        "peak MB", "first minute: MB", "first minute: ms a chunk", "last minute: MB",
+        "last minute: ms a chunk",
     ]  # fmt: skip
     chunk = "3.00 (3.75)"
     assert rows[3][:3] == ["student", "float", "streaming"]
@@ -181,13 +181,13 @@ def test_a_gate_that_was_not_passed_says_why(root):
     assert device.device_tables(report)[-1].title == device.ODD_TITLE
 
 
-def test_what_int8_leaves_in_float_is_told(root):
-    change(
-        root / "student" / "export" / "model.json", int8=lambda _: {"relaxed": ["joiner /output", "las /key"]}
-    )
+def test_what_int8_computes_in_float_is_told(root):
+    relaxed = [{"module": "joiner", "how": "weights"}, {"module": "las.lstm", "how": "float"}]
+    change(root / "student" / "export" / "model.json", int8=lambda _: {"relaxed": relaxed})
     change(root / "teacher" / "export" / "model.json", int8=lambda _: {"relaxed": []})
-    notes = device.words_notes(collect.collect(root))
-    assert notes[1:] == ["int8 of student leaves in float: joiner /output, las /key."]
+    assert device.words_notes(collect.collect(root))[1:] == [
+        "int8 of student computes in float: joiner (weights stored in int8), las.lstm (nothing in int8)."
+    ]
 
 
 # What is left out, and what is damaged
@@ -246,7 +246,11 @@ def test_a_half_made_export_is_named(root):
             {"files": lambda f: {**f, "las.onnx": {}}},
             "files.las.onnx.bytes is None, not of type int",
         ),
-        ("model", {"int8": lambda _: {"relaxed": "joiner"}}, "int8.relaxed is 'joiner', not a list"),
+        (
+            "model",
+            {"int8": lambda _: {"relaxed": ["joiner"]}},
+            r"int8.relaxed\[0\] is 'joiner', not an object",
+        ),
         ("gate", {"passed": lambda _: 1}, "passed is 1, not of type bool"),
         (
             "gate",
@@ -296,12 +300,20 @@ def test_fields_of_any_depth():
         assert str(error.value) == told
 
 
-def test_rows_of_other_phases_in_a_bench_are_not_read(root):
-    change(
-        root / "student" / "export" / "bench.json", rows=lambda rows: [{**r, "phase": "other"} for r in rows]
-    )
-    export, gaps = exports.read_export(root / "student", None, [])
-    assert export["bench"]["rows"] == [] and gaps == []
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"checkpoint": lambda _: "epoch-1"},
+        {"rows": lambda rows: [{**rows[0], "bytes": rows[0]["bytes"] - 1}]},
+    ],
+)
+def test_a_benchmark_of_another_export_is_left_out(root, changes):
+    change(root / "student" / "export" / "bench.json", **changes)
+    report = collect.collect(root)
+    assert of_export(report["missing"]) == [
+        "the benchmark of the export of phase student, which is of another export: run stage 7 again"
+    ]
+    assert {row[0] for row in device.speed_rows(report)[1:]} == {"teacher"}
 
 
 # Pages and figures

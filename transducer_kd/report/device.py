@@ -6,7 +6,7 @@ Exports and phases that are stale are left out.
 
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional
 
-from transducer_kd.report import tables
+from transducer_kd.report import exports, tables
 from transducer_kd.report.summaries import Summary
 from transducer_kd.report.tables import Row, number
 
@@ -24,6 +24,7 @@ _NAMES = {
     "int8": "sherpa-onnx int8",
 }
 _SHORT = {"chunks": "by chunks", "onnx": "float", "int8": "int8"}
+_LEVELS = {"weights": "weights stored in int8", "float": "nothing in int8"}  # how products are relaxed
 _TEXT = ("phase", "precision", "pass", "mode", "test set", "gate", "input", *_NAMES.values())  # columns
 _PASSES = {False: "first pass", True: "with LAS"}
 
@@ -48,7 +49,7 @@ def deployed(report: Dict[str, Any]) -> List[Deployed]:
         for precision, implementation in _IMPLEMENTATIONS.items():
             rows = _words(export, mode=mode, implementation=implementation)
             for has_las in _PASSES:
-                size = _bytes(export["model"]["files"], mode, precision, has_las)
+                size = exports.size(export["model"]["files"], mode, precision, has_las)
                 words = {row["test_set"]: row for row in rows if row["two_pass"] is has_las}
                 if size is None or (has_las and not words):
                     continue
@@ -77,7 +78,7 @@ def test_sets(report: Dict[str, Any]) -> List[str]:
 
 def device_rows(report: Dict[str, Any], is_short: bool = False) -> List[Row]:
     """What a reader wants first. is_short: for a README, without PyTorch's rates and the real-time factor."""
-    of_all, sets, exports = deployed(report), test_sets(report), _exports(report)
+    of_all, sets, known = deployed(report), test_sets(report), _exports(report)
     has_las = any(d.has_las for d in of_all)
     beside = "" if is_short else " (PyTorch)"
     header = ["phase", "precision", *(["pass"] if has_las else []), "MB"]
@@ -86,22 +87,22 @@ def device_rows(report: Dict[str, Any], is_short: bool = False) -> List[Row]:
     for d in of_all:
         row = [d.phase, d.precision, *([_PASSES[d.has_las]] if has_las else []), number(1e-6 * d.bytes, 2)]
         for s in sets:
-            pytorch = _words(exports[d.phase], "pytorch", mode=d.mode, test_set=s, two_pass=d.has_las)
+            pytorch = _words(known[d.phase], "pytorch", mode=d.mode, test_set=s, two_pass=d.has_las)
             own, other = (number(r and r["wer"], 2) for r in (d.words.get(s), next(iter(pytorch), None)))
             row.append(own if is_short else f"{own} ({other})")
         row += [_timed(d, "times_smaller", 1), _timed(d, "times_faster", 1)]
-        rows.append(row if is_short else [*row, _timed(d, "rtf", 4), d.mode, _gate_cell(exports[d.phase])])
+        rows.append(row if is_short else [*row, _timed(d, "rtf", 4), d.mode, _gate_cell(known[d.phase])])
     return rows
 
 
 def words_rows(report: Dict[str, Any]) -> List[Row]:
     """One row per phase, mode, pass and test set; only a header where no gate was run."""
-    exports = _exports(report)
-    has_las = any(row["two_pass"] for export in exports.values() for row in _words(export))
+    known = _exports(report)
+    has_las = any(row["two_pass"] for export in known.values() for row in _words(export))
     rows = [["phase", "mode", *(["pass"] if has_las else []), "test set"]]
     rows[0] += ["PyTorch WER %", "by chunks identical %", "float WER %", "float identical %"]
     rows[0] += ["int8 WER %", "int8 identical %", "int8 - PyTorch"]
-    for name, export in exports.items():
+    for name, export in known.items():
         of_phase = _words(export, "pytorch")
         modes = [row["mode"] for row in of_phase]
         for pytorch in sorted(of_phase, key=lambda row: (modes.index(row["mode"]), row["two_pass"])):
@@ -121,7 +122,7 @@ def speed_rows(report: Dict[str, Any]) -> List[Row]:
     rows = [["phase", "precision", "mode", "RTF", "RTF without features", "times faster"]]
     rows[0] += ["times faster without features", "ms a chunk", "peak MB"]
     for minute in ("first", "last"):
-        rows[0] += [f"{minute} minute of five: MB", f"{minute} minute of five: ms a chunk"]
+        rows[0] += [f"{minute} minute: MB", f"{minute} minute: ms a chunk"]
     for d in deployed(report):
         if d.timing is None:
             continue
@@ -148,14 +149,14 @@ def odd_rows(report: Dict[str, Any]) -> List[Row]:
 
 def device_notes(report: Dict[str, Any]) -> List[str]:
     """What the columns of device_rows mean in this report, and why a gate was not passed."""
-    exports = _exports(report)
-    runtimes = sorted({e["gate"]["runtime"] for e in exports.values() if e["gate"]}) or ["sherpa-onnx"]
+    known = _exports(report)
+    runtimes = sorted({e["gate"]["runtime"] for e in known.values() if e["gate"]}) or ["sherpa-onnx"]
     out = [
         "MB: encoder, decoder and joiner of the mode on disk, with the LAS where it is used. WER: greedy "
         f"search through {', '.join(runtimes)}; with a LAS, beam search and rescoring over the same files. "
         f"Times smaller and faster: than {_references(report)}."
     ]
-    for name, export in exports.items():
+    for name, export in known.items():
         if export["gate"] and not export["gate"]["passed"]:
             out.append(f"The gate of {name} was not passed: {'; '.join(_failures(export['gate']))}.")
     return out
@@ -163,8 +164,8 @@ def device_notes(report: Dict[str, Any]) -> List[str]:
 
 def words_notes(report: Dict[str, Any]) -> List[str]:
     """How the columns of words_rows are to be read, and what int8 leaves in float."""
-    exports = _exports(report)
-    gates = [export["gate"] for export in exports.values() if export["gate"]]
+    known = _exports(report)
+    gates = [export["gate"] for export in known.values() if export["gate"]]
     limits = dict.fromkeys((100 * gate["least_identical"], gate["most_worse"]) for gate in gates)
     wanted = [
         f"{share:g} % of all but int8, and of int8 a WER at most {worse:g} worse" for share, worse in limits
@@ -173,9 +174,9 @@ def words_notes(report: Dict[str, Any]) -> List[str]:
         "Identical: share of the utterances with the very words of PyTorch on the whole utterance. The gate "
         f"wants {' or '.join(wanted)} than PyTorch's."
     ]
-    for name, export in exports.items():
-        relaxed = (export["model"].get("int8") or {}).get("relaxed")
-        out += [f"int8 of {name} leaves in float: {', '.join(relaxed)}."] if relaxed else []
+    for name, export in known.items():
+        relaxed = [f"{m['module']} ({_LEVELS.get(m['how'], m['how'])})" for m in _relaxed(export)]
+        out += [f"int8 of {name} computes in float: {', '.join(relaxed)}."] if relaxed else []
     return out
 
 
@@ -185,7 +186,16 @@ def speed_notes(report: Dict[str, Any]) -> List[str]:
     for export in _exports(report).values():
         bench = export["bench"]
         if bench:
-            names = ("reference", "runtime", "num_threads", "turns", "audio_s", "commit", "command")
+            names = (
+                "reference",
+                "runtime",
+                "num_threads",
+                "turns",
+                "audio_s",
+                "stream_s",
+                "commit",
+                "command",
+            )
             runs.setdefault(tuple(bench[name] for name in names), bench)
     if not runs:
         return []
@@ -195,7 +205,7 @@ def speed_notes(report: Dict[str, Any]) -> List[str]:
         f"{bench['runtime']}, {threads}; medians of {bench['turns']} turns, which the models take one after "
         f"the other, on {bench['audio_s']:g} s of speech. RTF: seconds for a second of audio, from samples "
         "to words; without features: the model and its search alone. ms a chunk: from its last sample to its "
-        "words, median (95th percentile). Peak: of a process that hears five minutes"
+        f"words, median (95th percentile). Peak: of a process that hears {bench['stream_s'] / 60:g} minutes"
         f"{_baseline(runs.values())}; the first and the last of these tell whether memory or latency grow."
     ]
     if len(runs) > 1:
@@ -227,11 +237,8 @@ def _words(export: Dict[str, Any], implementation: Optional[str] = None, **wante
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
-def _bytes(files: Dict[str, Dict[str, Any]], mode: str, precision: str, has_las: bool) -> Optional[int]:
-    """Of all that runs; None where a part is not in the folder."""
-    parts = [f"encoder-{mode}", "decoder", "joiner", *(["las"] if has_las else [])]
-    names = [f"{part}{'' if precision == 'float' else f'.{precision}'}.onnx" for part in parts]
-    return None if set(names) - set(files) else sum(files[name]["bytes"] for name in names)
+def _relaxed(export: Dict[str, Any]) -> List[Dict[str, str]]:
+    return (export["model"].get("int8") or {}).get("relaxed", [])
 
 
 def _references(report: Dict[str, Any]) -> str:

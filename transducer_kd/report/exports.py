@@ -17,7 +17,7 @@ _MODEL = {
     **_ORIGIN,
     "checkpoint": str,
     "files": {str: {"bytes": int}},
-    "int8": Maybe({"relaxed": Maybe([str])}),
+    "int8": Maybe({"relaxed": [{"module": str, "how": str}]}),
 }
 _WORDS = {
     "mode": str,
@@ -52,9 +52,9 @@ _GATE = {
 }
 _MINUTE = {"resident_mb": float, "chunk_ms_median": float, "chunk_ms_p95": float}
 _TIMING = {
-    "phase": str,
     "precision": str,
     "mode": str,
+    "bytes": int,
     "rtf": float,
     "rtf_model": Maybe(float),
     "times_faster": Maybe(float),
@@ -69,11 +69,13 @@ _TIMING = {
 }
 _BENCH = {
     **_ORIGIN,
+    "checkpoint": str,
     "reference": str,
     "num_threads": int,
     "runtime": str,
     "turns": int,
     "audio_s": float,
+    "stream_s": float,
     "rows": [_TIMING],
 }
 
@@ -85,8 +87,8 @@ def read_export(
 
     ended: when run.sh's training of the phase ended, None where that is not known. decoded: its records.
     Returns None where nothing was exported, else {"model", "gate", "bench", "is_stale"}: what the three files
-    hold (gate and bench None where they are missing; of bench the rows of this phase), and whether the export
-    has other weights than the phase now. Raises UserError that names a damaged file and its field.
+    hold (gate and bench None where they are missing, bench also where it is of another export), and whether
+    the export has other weights than the phase now. Raises UserError that names a damaged file and its field.
     """
     name, folder = phase_folder.name, phase_folder / "export"
     if not folder.is_dir():
@@ -98,16 +100,28 @@ def read_export(
         "gate": _read(folder / "gate.json", _GATE),
         "bench": _read(folder / "bench.json", _BENCH),
     }
-    if export["bench"]:
-        rows = [row for row in export["bench"]["rows"] if row["phase"] == name]
-        export["bench"] = {**export["bench"], "rows": rows}
     why = _why_stale(phase_folder, export["model"]["checkpoint"], ended, decoded)
     export["is_stale"] = why is not None
     if why:
         return export, [f"the export of phase {name} is stale and left out: {why}; {_MEND}"]
-    parts = {"gate": "parity gate", "bench": "benchmark"}
-    gaps = [part for part in parts if not export[part]]
-    return export, [f"the {parts[gap]} of the export of phase {name} (no {gap}.json)" for gap in gaps]
+    gaps = []
+    if export["gate"] is None:
+        gaps.append(f"the parity gate of the export of phase {name} (no gate.json)")
+    if export["bench"] is None:
+        gaps.append(f"the benchmark of the export of phase {name} (no bench.json)")
+    elif not _is_of(export["bench"], export["model"]):
+        export["bench"] = None
+        gaps.append(f"the benchmark of the export of phase {name}, which is of another export: {_MEND}")
+    return export, gaps
+
+
+def size(
+    files: Dict[str, Dict[str, Any]], mode: str, precision: str, with_las: bool = False
+) -> Optional[int]:
+    """Bytes of all that runs; None where a part is not in the folder. files: as model.json has them."""
+    parts = [f"encoder-{mode}", "decoder", "joiner", *(["las"] if with_las else [])]
+    names = [f"{part}{'' if precision == 'float' else f'.{precision}'}.onnx" for part in parts]
+    return None if set(names) - set(files) else sum(files[name]["bytes"] for name in names)
 
 
 def _read(path: Path, wanted: Dict[str, Any]) -> Optional[Dict[str, Any]]:
@@ -131,3 +145,10 @@ def _why_stale(
     if known and checkpoint not in known:
         return f"it holds {checkpoint}, and decoded was {', '.join(known)}"
     return None
+
+
+def _is_of(bench: Dict[str, Any], model: Dict[str, Any]) -> bool:
+    """Whether these are the files that were measured."""
+    return bench["checkpoint"] == model["checkpoint"] and all(
+        row["bytes"] == size(model["files"], row["mode"], row["precision"]) for row in bench["rows"]
+    )
