@@ -113,7 +113,7 @@ class SherpaStreaming:
 
 
 class SherpaStream:
-    """Audio that comes piece by piece. However it is cut the words are the same, and memory does not grow."""
+    """Audio that comes piece by piece. However it is cut, the words are the same; audio is forgotten."""
 
     def __init__(self, recogniser: SherpaStreaming):
         self._recognizer, self._chunk_size = recogniser.recognizer, recogniser.chunk_size

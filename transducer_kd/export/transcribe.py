@@ -6,7 +6,8 @@
 Each file gives one line, `file: words`. What comes from stdin (-) has to be raw PCM, 16-bit little-endian,
 16 kHz, mono; it gives a line for every utterance, and a pause of --pause seconds ends one. A streaming model
 shows its words as they come: on a terminal the line is written anew, elsewhere lines that end in " ..."
-follow each other (--final-only leaves them out). Memory does not grow with the length of the audio.
+follow each other (--final-only leaves them out). Streamed audio is forgotten as it is heard; --mode offline
+holds a whole file, and --two-pass the encoder frames of an utterance.
 
 One pass runs in sherpa-onnx, as in a phone. --two-pass lets the LAS of the folder choose from the first
 pass's hypotheses when an utterance is over: of a file that streams too, after a pause.
