@@ -107,8 +107,11 @@ def _build_recogniser(folder: ModelFolder, mode: str, args: argparse.Namespace) 
     if precision == "auto":
         precision = "int8" if "int8" in folder.precisions else "float"
     if args.two_pass:
+        import torch
+
         from transducer_kd.export.two_pass import TwoPassRecogniser
 
+        torch.set_num_threads(args.num_threads)  # of the beam search
         return TwoPassRecogniser(folder, precision, mode, args.num_threads, args.pause)
     options = {
         "precision": precision,
