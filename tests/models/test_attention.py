@@ -79,7 +79,7 @@ def test_cache_equals_the_end_of_a_longer_sequence(cached, head_dim):
     table = RotaryTable(head_dim)
     whole = layer(x, table(9, CPU), torch.zeros(1, 1, 1, 9))
     cache = torch.zeros(3, cached, 4 * head_dim)
-    nothing_before = torch.zeros(2 * cached).index_fill(0, torch.arange(cached), -1e4)
+    nothing_before = torch.zeros(1, 1, 1, 2 * cached).index_fill(3, torch.arange(cached), -1e4)
     first, cache = layer.streaming(x[:, :cached], table(2 * cached, CPU), nothing_before, cache)
     rest, _ = layer.streaming(x[:, cached:], table(9, CPU), torch.zeros(1, 1, 1, 9), cache)
     assert torch.allclose(whole[:, cached:], rest, atol=1e-5)
