@@ -89,3 +89,16 @@ class Project:
         """What the phase began with and learnt from: {"init": folder, "teacher": folder}, names only."""
         found = json.loads((self.exp / phase / "meta.json").read_text())["origins"]
         return {name: Path(origin["path"]).name for name, origin in found.items()}
+
+    def check_exports(self, modes: dict) -> None:
+        """Stage 7 has just run, and all that it makes is there; modes: phase -> its modes.
+
+        Models that have learnt next to nothing say the same in int8 as in float, so that their gates pass, too.
+        """
+        assert self.stages()[-2:] == ["bench", "report"]
+        for phase, own in modes.items():
+            folder = self.exp / phase / "export"
+            gate, bench = (json.loads((folder / f"{name}.json").read_text()) for name in ("gate", "bench"))
+            assert gate["passed"] and gate["tensors"] and gate["odd"] and (folder / "README.md").exists()
+            assert {row["mode"] for row in gate["words"]} == set(own)
+            assert {row["phase"] for row in bench["rows"]} == {phase}

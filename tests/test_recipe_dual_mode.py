@@ -171,6 +171,16 @@ class TestWholeRun:
         assert output.count("done already") == 2 + len(PHASES) + len(DECODED) + 2
         assert smoke.stages() == [*before, "report"]
 
+    def test_each_mode_is_exported_as_it_is(self, smoke):
+        smoke.run("--stage", "7")
+        both = ("streaming", "offline")
+        smoke.check_exports(dict.fromkeys(["streaming", "supernet", "extracted"], both))
+        bytes_of = {}
+        for phase in ("supernet", "extracted"):
+            files = json.loads((smoke.exp / phase / "export/model.json").read_text())["files"]
+            bytes_of[phase] = files["encoder-streaming.onnx"]["bytes"]
+        assert bytes_of["extracted"] < bytes_of["supernet"], "what is left out is left out of the file"
+
     def test_a_supernet_that_was_stopped_goes_on_with_its_masks(self, smoke):
         long = ("--stage", "3", "--stop-stage", "3", "--set", "supernet:train.max_steps=100000")
         smoke.stop_in("stage-3-supernet.log", ("max_steps=100000", "Epoch 3"), *long)

@@ -287,7 +287,8 @@ class TestExport:
             f"export.py --exp-dir {exp}/{phase} --use-averaged-model --test-parts clean,other --dev-part dev"
             for phase in ("teacher", "student")
         ] + [
-            f"bench_export.py --export-dir {exp}/teacher/export {exp}/student/export --test-parts clean,other"
+            f"bench_export.py --export-dir {exp}/teacher/export {exp}/student/export --test-parts clean,other "
+            "--turns 2 --audio-s 5 --stream-s 120 --streams 1"
         ]
         assert output.count("plain is not trained") == 2 and output.count("REPORT") == 2
         assert output.count("done already") == 3

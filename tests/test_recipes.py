@@ -153,6 +153,20 @@ class TestWholeRun:
         assert output.count("done already") == 2 + 2 * len(TRAINED)
         assert smoke.stages() == [*before, "report"]
 
+    def test_teacher_and_student_are_exported_through_their_gates(self, smoke):
+        before = smoke.stages()
+        output = smoke.run("--stage", "7", "--controls", "1")
+        exports = [f"export {phase}" for phase in ("teacher_las", "finetune")]
+        assert smoke.stages() == [*before, *exports, "bench", "report"]
+        smoke.check_exports(dict.fromkeys(["teacher_las", "finetune"], ("streaming", "offline")))
+        for word in ("implementation", "the gate is passed", "ms a chunk", "Page:"):
+            assert word in output
+        for phase in ("teacher_las", "finetune"):
+            gate = json.loads((smoke.exp / phase / "export/gate.json").read_text())
+            assert {row["two_pass"] for row in gate["words"]} == {False, True}
+        again = smoke.run("--stage", "7", "--controls", "1")
+        assert again.count("done already") == 3
+
     def test_one_stage_alone_runs_alone_and_force_runs_it_though_it_is_done(self, smoke):
         before = smoke.stages()
         output = smoke.run("--stage", "1", "--stop-stage", "1")

@@ -280,10 +280,12 @@ export_phase() {
   test=$(parts_of test) dev=$(tune_part)
   run python local/export.py --exp-dir "$exp_root/$1" --use-averaged-model --test-parts "${test// /,}" --dev-part "$dev"
 }
+# What a smoke run measures is no result: a few turns do.
 bench_exported() {
-  local test
+  local test args=()
   test=$(parts_of test)
-  run python local/bench_export.py --export-dir "$@" --test-parts "${test// /,}"
+  [ "$scale" != smoke ] || args+=(--turns 2 --audio-s 5 --stream-s 120 --streams 1)
+  run python local/bench_export.py --export-dir "$@" --test-parts "${test// /,}" ${args[@]+"${args[@]}"}
 }
 
 # Makes the report of everything in exp_root and prints the results table. What a smoke run scores is no result.
