@@ -93,7 +93,7 @@ class Project:
     def check_exports(self, modes: dict) -> None:
         """Stage 7 has just run, and all that it makes is there; modes: phase -> its modes.
 
-        Models that have learnt next to nothing say the same in int8 as in float, so that their gates pass, too.
+        Models that have learnt next to nothing say the same in int8 as in float: their gates are passed, too.
         """
         assert self.stages()[-2:] == ["bench", "report"]
         for phase, own in modes.items():
