@@ -9,7 +9,7 @@ import torch
 
 from transducer_kd.data.features import FeatureExtractor
 from transducer_kd.data.tokenizer import Tokenizer
-from transducer_kd.export import odd_inputs, parity
+from transducer_kd.export import dev_speech, odd_inputs, parity
 from transducer_kd.export.dev_speech import DevSpeech
 from transducer_kd.export.folder import describe, file_name, open_folder
 from transducer_kd.export.implementations import TorchModels, comparisons
@@ -125,6 +125,40 @@ class TestDevSpeech:
         loss = speech.loss(folder)
         assert loss.wer_difference > 10 and loss.different == ("streaming, noise", "offline, noise")
         assert speech.loss(folder, "float").wer_difference == 0
+
+
+class TestSteadyRecordings:
+    """Odd inputs are made of what PyTorch is sure of."""
+
+    def chosen(self, monkeypatch, folder, streaming_model, torch_models, hesitations, num):
+        """Names of the `num` that are taken of cut-0, cut-1, ... with so many hesitations each."""
+        speech = [
+            Recording(f"cut-{i}", np.full(4800, i, dtype=np.float32), []) for i in range(len(hesitations))
+        ]
+        monkeypatch.setattr(
+            dev_speech, "_hesitations", lambda folder, models, mode, inputs: hesitations[int(inputs[-1][0])]
+        )
+        models = torch_models({"streaming": streaming_model, "offline": streaming_model})
+        found = dev_speech.steady_recordings(open_folder(folder), models, speech, num)
+        return [one.name for one in found]
+
+    def test_the_first_without_hesitation(self, monkeypatch, streaming_folder, streaming_model, torch_models):
+        given = (monkeypatch, streaming_folder, streaming_model, torch_models)
+        assert self.chosen(*given, [1, 0, 2, 0, 0], 2) == ["cut-1", "cut-3"]
+
+    def test_or_those_with_the_fewest(self, monkeypatch, streaming_folder, streaming_model, torch_models):
+        given = (monkeypatch, streaming_folder, streaming_model, torch_models)
+        assert self.chosen(*given, [3, 1, 0, 2, 1], 4) == ["cut-2", "cut-1", "cut-4", "cut-3"]
+        assert self.chosen(*given, [3], 4) == ["cut-0"]
+
+    def test_hesitation_is_other_words_for_disturbed_features(
+        self, monkeypatch, streaming_folder, streaming_model, torch_models, recordings
+    ):
+        models = torch_models({"streaming": streaming_model, "offline": streaming_model})
+        given = (open_folder(streaming_folder), models, "streaming", [one.samples for one in recordings])
+        for disturbance, expected in ((0.0, 0), (10.0, len(recordings))):
+            monkeypatch.setattr(dev_speech, "_DISTURBANCE", disturbance)
+            assert dev_speech._hesitations(*given) == expected
 
 
 class TestTensors:

@@ -9,13 +9,14 @@ import numpy as np
 
 from transducer_kd.export.sherpa import FRAME_SAMPLES, LOOKAHEAD_FRAMES, SAMPLING_RATE, SUBSAMPLING_FACTOR
 
+WITHOUT_SPEECH = ("silence", "quiet noise")
+
 _OFFLINE_CHUNK = 16  # encoder frames: what counts as a chunk for a model that has none
 _NUM_CHUNKS = 3
 _TOO_LOUD = 2.0  # 6 dB
 _NOISE_LEVEL = 1e-3  # -60 dB
 _SILENCE_S = 2.0
 _CUT_S = (0.5, 1.0)
-_WITHOUT_SPEECH = ("silence", "quiet noise")
 
 
 def odd_inputs(speech: np.ndarray, chunk_size: int) -> Dict[str, np.ndarray]:
@@ -54,5 +55,5 @@ def of_recordings(recordings: Mapping[str, np.ndarray], chunk_size: int) -> Dict
     found: Dict[str, np.ndarray] = {}
     for recording, speech in recordings.items():
         for name, samples in odd_inputs(speech, chunk_size).items():
-            found[name if name in _WITHOUT_SPEECH else f"{name}, {recording}"] = samples
+            found[name if name in WITHOUT_SPEECH else f"{name}, {recording}"] = samples
     return found
