@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transducer_kd.models.attention import RotaryTable
+from transducer_kd.models.attention import RotaryTable, rotary_table
 from transducer_kd.models.conformer import Conformer
 from transducer_kd.models.las import Las
 from transducer_kd.models.subsampling import SUBSAMPLING_FACTOR, subsampled_lens
@@ -118,11 +118,10 @@ class AnyLengthRotaryTable(nn.Module):
         self.register_buffer("frequency", table.base**exponent, persistent=False)
 
     def forward(self, length: Tensor, device: torch.device) -> Tensor:
-        """(2, length, 1, 1, E/2)."""
+        """(2, length, 1, 1, E)."""
         position = torch.arange(length, device=device).to(torch.float64)
         angle = position.unsqueeze(1) * self.frequency
-        angle = (angle - TWO_PI * torch.floor(angle / TWO_PI)).float()
-        return torch.stack([angle.cos(), angle.sin()])[:, :, None, None]
+        return rotary_table((angle - TWO_PI * torch.floor(angle / TWO_PI)).float())
 
 
 class Decoder(nn.Module):

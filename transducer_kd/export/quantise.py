@@ -30,7 +30,8 @@ from transducer_kd.log import atomic_write, progress
 
 # How a module's matrix products are computed, exact last.
 LEVELS = ("dynamic", "weights", "float")
-MOST_WORSE = 0.1  # per cent WER on dev speech; the gate allows more on test sets
+MOST_WORSE = 0.2  # per cent WER on dev speech; the gate allows more on test sets
+_FLOAT_SHARE = 4  # of so many modules one may stay float
 _NOTHING = (0, 0.0)
 _LEAST_VALUES = 256  # of a weight that is worth storing in int8
 _MODULE = re.compile(
@@ -137,7 +138,9 @@ def _search(candidates: _Candidates, modules: List[str]) -> Treatment:
             module: candidates.badness(treatment.relaxed(module, level))
             for module in progress(modules, total=len(modules), desc=f"int8: one module with {level}")
         }
-        for module in sorted(modules, key=lambda m: alone[m]):
+        order = sorted(modules, key=lambda m: alone[m])
+        # An int8 file that is float for the most part is none.
+        for module in order if level != "float" else order[: len(order) // _FLOAT_SHARE]:
             treatment = treatment.relaxed(module, level)
             found = candidates.badness(treatment)
             logging.info("int8: %s with %s as well: %s", module, level, _told(candidates.loss(treatment)))

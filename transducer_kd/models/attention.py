@@ -32,11 +32,10 @@ class RotaryTable(nn.Module):
 
     def _compute(self, length: int) -> Tensor:
         frequency = self.base ** (-torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim)
-        angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
-        return torch.stack([angle.cos(), angle.sin()]).float()[:, :, None, None]
+        return rotary_table(torch.outer(torch.arange(length, dtype=torch.float64), frequency))
 
     def forward(self, length: int, device: torch.device) -> Tensor:
-        """(2, length, 1, 1, E/2): cos and sin for the positions 0 .. length-1."""
+        """(2, length, 1, 1, E) for the positions 0 .. length-1, see rotary_table."""
         if length > self._table.size(1) or self._table.device != device:
             # A table made in inference mode would be of no use to a backward pass ever after.
             with torch.inference_mode(False):
@@ -46,11 +45,20 @@ class RotaryTable(nn.Module):
         return self._table[:, :length]
 
 
+def rotary_table(angle: Tensor) -> Tensor:
+    """angle (T, E/2) -> (2, T, 1, 1, E) float32: what a channel is multiplied with to rotate it, and what its
+    partner is.
+    """
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)]).float()[
+        :, :, None, None
+    ]
+
+
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate the channel pairs (e, e + E/2) of x (N, T, any, H, E) by RotaryTable's (2, T, 1, 1, E/2)."""
-    cos, sin = table[0], table[1]
+    """Rotate the channel pairs (e, e + E/2) of x (N, T, any, H, E) by RotaryTable's (2, T, 1, 1, E)."""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return x * table[0] + torch.cat([second, first], dim=-1) * table[1]
 
 
 def attend_matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -89,7 +97,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, rotary: Tensor, bias: Tensor) -> Tensor:
         """Attend from x (N, T, D) to itself.
 
-        rotary: RotaryTable's (2, T, 1, 1, E/2); bias: broadcast to (N, H, T, T). Returns (N, T, D).
+        rotary: RotaryTable's (2, T, 1, 1, E); bias: broadcast to (N, H, T, T). Returns (N, T, D).
         """
         # Split, not sliced: the backward of slices fills and adds full-size tensors.
         qk, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).split([2, 1], dim=2)
@@ -99,7 +107,7 @@ class SelfAttention(nn.Module):
     def streaming(self, x: Tensor, rotary: Tensor, bias: Tensor, cache: Tensor) -> Tuple[Tensor, Tensor]:
         """Attend from a chunk x (N, T, D) to the M frames before it and itself.
 
-        cache (N, M, 2HE): their keys, not rotated, and values. rotary: (2, M+T, 1, 1, E/2); bias: broadcast to
+        cache (N, M, 2HE): their keys, not rotated, and values. rotary: (2, M+T, 1, 1, E); bias: broadcast to
         (N, H, T, M+T). Returns (N, T, D) and the cache for the next chunk.
         """
         q, kv = self.qkv(x).split([self.inner_dim, 2 * self.inner_dim], dim=-1)

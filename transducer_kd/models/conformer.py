@@ -260,7 +260,8 @@ class Conformer(nn.Module):
         """
         x = self.subsampling(x)
         left_context, num_frames = cached_attn.size(1), x.size(1)
-        # Cache slots fill from the right: the slot `left_context - 1` holds the newest frame, the chunk follows it.
+        # Cache slots fill from the right: the slot `left_context - 1` holds the newest frame, the chunk
+        # follows it.
         slot = torch.arange(left_context + num_frames, device=x.device)
         allowed, padding = slot >= (left_context - processed_lens).unsqueeze(1), None
         if out_lens is not None:

@@ -135,8 +135,8 @@ class Las(nn.Module):
     def score_padded(self, encoder_out: Tensor, y: Tensor, y_lens: Tensor) -> Tensor:
         """The same scores for the hypotheses of one utterance, tensors in, tensor out, fit for tracing.
 
-        encoder_out (1, T', D), all of it valid; y (B, U) int64, U at least 1, padded with anything; y_lens (B,)
-        int64. Returns (B,).
+        encoder_out (1, T', D), all of it valid; y (B, U) int64, U at least 1, padded with anything; y_lens
+        (B,) int64. Returns (B,).
         """
         lens = torch.ones_like(encoder_out[..., 0], dtype=torch.int64).sum(dim=1)
         lstm_out = self._read(y, y_lens)  # (B, U+1, decoder_dim)
