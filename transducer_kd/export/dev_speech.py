@@ -5,6 +5,7 @@ S samples, T feature frames, C mel bins.
 """
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from typing import Callable, Dict, List, Mapping, Sequence, Tuple
 
@@ -24,6 +25,7 @@ from transducer_kd.export.implementations import (
 from transducer_kd.export.odd_inputs import WITHOUT_SPEECH, odd_inputs
 from transducer_kd.export.parity import Recording, blocks
 from transducer_kd.export.quantise import MOST_WORSE
+from transducer_kd.log import progress
 
 _DISTURBANCE = 0.4  # of log-mel energies, standard deviation: 2 dB
 _DRAWS = 3
@@ -46,7 +48,7 @@ def steady_recordings(
     modes = {id(models.models[mode]): mode for mode in folder.modes}.values()
     steady: List[Recording] = []
     others: List[Tuple[int, int]] = []
-    for number, one in enumerate(some):
+    for number, one in enumerate(progress(some, desc="speech for odd inputs")):
         odd = odd_inputs(one.samples, folder.info["chunk_size"])
         inputs = [samples for name, samples in odd.items() if name not in WITHOUT_SPEECH]
         hesitations = sum(_hesitations(folder, models, mode, inputs) for mode in modes)
@@ -56,7 +58,9 @@ def steady_recordings(
             others.append((hesitations, number))
         if len(steady) == num:
             break
-    return [*steady, *(some[number] for _, number in sorted(others))][:num]
+    found = [*steady, *(some[number] for _, number in sorted(others))][:num]
+    logging.info("odd inputs are made of %s", ", ".join(one.name for one in found))
+    return found
 
 
 def _hesitations(folder: ModelFolder, models: TorchModels, mode: str, inputs: Sequence[np.ndarray]) -> int:
