@@ -206,12 +206,15 @@ def test_audio_that_cannot_be_heard_is_named_before_any_is(streaming_folder, wav
         (tmp_path / "zero.wav", "is empty (0 bytes)"),
         (tmp_path / "gone.wav", "no such file"),
         (tmp_path, "is a folder"),
+        (".", "is a folder"),
+        ("/dev/null", "is no file"),
         (tmp_path / "a.raw", "raw PCM is heard from stdin: give - instead, and < "),
     ):
         message = refusal(streaming_folder, wav, path)
         assert str(path) in message and problem in message
-        assert ("ffmpeg -i " in message) == (path.name in ("8 k.wav", "stereo.wav", "text.wav")), message
-        if path.name == "8 k.wav":
+        name = Path(path).name
+        assert ("ffmpeg -i " in message) == (name in ("8 k.wav", "stereo.wav", "text.wav")), message
+        if name == "8 k.wav":
             assert f"ffmpeg -i '{path}' -ar 16000 -ac 1 '{tmp_path / '8 k.16k.wav'}'" in message
     assert capsys.readouterr().out == ""
 

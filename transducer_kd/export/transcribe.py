@@ -128,14 +128,11 @@ def _build_recogniser(folder: ModelFolder, mode: str, args: argparse.Namespace) 
 
 def _open(name: str) -> soundfile.SoundFile:
     """Open an audio file. UserError for one that is missing, no audio, empty, or not 16 kHz mono."""
-    path, mend = (
-        Path(name),
-        "ffmpeg -i {} -ar 16000 -ac 1 {}".format(
-            shlex.quote(name), shlex.quote(str(Path(name).with_suffix(".16k.wav")))
-        ),
-    )
+    path = Path(name)
     if not path.is_file():
-        raise UserError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; name an audio file")
+        kind = "is a folder" if path.is_dir() else "is no file" if path.exists() else "no such file"
+        raise UserError(f"{path}: {kind}; name an audio file, or send raw PCM to stdin (-)")
+    mend = f"ffmpeg -i {shlex.quote(name)} -ar 16000 -ac 1 {shlex.quote(str(path.with_suffix('.16k.wav')))}"
     if not path.stat().st_size:
         raise UserError(f"{path} is empty (0 bytes); record it again or leave it out")
     try:
