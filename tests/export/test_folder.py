@@ -7,8 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.data.test_features import speechlike
 from tests.export.conftest import tiny_model
-from transducer_kd.export.folder import open_folder
+from tests.export.folders import with_int8
+from transducer_kd.export.folder import PARTS, file_name, open_folder
+from transducer_kd.export.sherpa import SherpaStreaming
 from transducer_kd.export.write import write_folder
 from transducer_kd.log import UserError
 
@@ -60,6 +63,22 @@ def test_what_is_wrong_is_named(copy, change, message):
     change(copy)
     with pytest.raises(UserError, match=message):
         open_folder(copy)
+
+
+@pytest.mark.parametrize("kept, gone", [("int8", "float"), ("float", "int8")])
+def test_a_copy_of_one_precision_and_of_what_is_run(las_folder, tmp_path, kept, gone):
+    folder = with_int8(las_folder, tmp_path / "model")
+    for name in ("bpe.model", "model.safetensors", *(file_name(part, gone) for part in PARTS)):
+        (folder.path / name).unlink()
+    copy = open_folder(folder.path)
+    assert copy.precisions == (kept,) and copy.modes == ("streaming", "offline") and copy.has_las
+    with pytest.raises(UserError, match="has no joiner"):
+        copy.file("joiner", gone)
+    said = SherpaStreaming(open_folder(las_folder)).decode(speechlike(16000))
+    assert SherpaStreaming(copy, kept).decode(speechlike(16000)) == said != ""
+    (folder.path / file_name("las", kept)).unlink()
+    with pytest.raises(UserError, match=r"las.*onnx is missing, but model\.json names it"):
+        open_folder(folder.path)
 
 
 def test_a_changed_byte_is_found(copy):

@@ -12,12 +12,13 @@
     gate.json bench.json     that all implementations agree, and how fast they are
 
 model.json names a file only when it is final, and is written after it: what it names is there, or is damaged.
+A device may have a copy without the files of one precision, and without those that nothing here runs.
 """
 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Set, Tuple
 
 from transducer_kd.log import UserError, read_json, write_json
 
@@ -25,6 +26,8 @@ FORMAT = 1
 MODES = ("streaming", "offline")
 PARTS = ("encoder-streaming", "encoder-offline", "decoder", "joiner", "las")
 PRECISIONS = ("float", "int8")
+_HASHED_AT_ONCE = 1 << 20  # bytes; a device need not hold a file of weights twice
+_NOT_RUN = {"bpe.model", "model.safetensors"}
 _AGAIN = "export the phase again (local/export.py)"
 _NEEDED = (
     "phase", "checkpoint", "chunk_size", "left_context", "cache_dim", "num_layers", "conv_frames",
@@ -100,8 +103,9 @@ def file_name(part: str, precision: str) -> str:
 def open_folder(path: Path, verify: bool = True) -> ModelFolder:
     """The model folder `path`. verify: compare every file with its sha256, some milliseconds.
 
-    UserError that names what is missing or damaged. Nothing unchecked is handed to sherpa-onnx, which ends
-    the process without an exception where a file lacks what it looks for.
+    Its info names the files that are there; all ONNX files of one precision may have been left out, and what
+    nothing runs. UserError that names what else is missing or damaged. Nothing unchecked is handed to
+    sherpa-onnx, which ends the process without an exception where a file lacks what it looks for.
     """
     path = Path(path)
     if not path.is_dir():
@@ -120,9 +124,11 @@ def open_folder(path: Path, verify: bool = True) -> ModelFolder:
     missing = [key for key in _NEEDED if key not in info]
     if missing:
         raise UserError(f"{path}/model.json has no {missing[0]}; {_AGAIN}")
-    for name, known in info["files"].items():
+    left_out = _left_out(path, info["files"])
+    files = {name: known for name, known in info["files"].items() if name not in left_out}
+    for name, known in files.items():
         _check_file(path / name, known, verify)
-    folder = ModelFolder(path, info)
+    folder = ModelFolder(path, {**info, "files": files})
     for part in ("decoder", "joiner"):
         if not any(folder.has(part, precision) for precision in PRECISIONS):
             raise UserError(f"{path} has no {part}.onnx; {_AGAIN}")
@@ -142,6 +148,17 @@ def _described(file: Path) -> Dict[str, Any]:
     return {"sha256": _sha256(file), "bytes": file.stat().st_size}
 
 
+def _left_out(path: Path, names: Iterable[str]) -> Set[str]:
+    """Of the files `names` those that somebody left out when the folder was copied."""
+    gone = {name for name in names if not (path / name).exists()}
+    left_out = gone & _NOT_RUN
+    for precision in PRECISIONS:
+        own = {file_name(part, precision) for part in PARTS} & set(names)
+        if own <= gone:
+            left_out |= own
+    return left_out
+
+
 def _check_file(file: Path, known: Any, verify: bool) -> None:
     if not file.is_file():
         raise UserError(f"{file} is missing, but model.json names it; copy the whole folder, or {_AGAIN}")
@@ -154,4 +171,8 @@ def _check_file(file: Path, known: Any, verify: bool) -> None:
 
 
 def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with open(file, "rb") as f:
+        while piece := f.read(_HASHED_AT_ONCE):
+            digest.update(piece)
+    return digest.hexdigest()
