@@ -57,7 +57,7 @@ def main() -> int:
 
     folders: Dict[str, Any] = {}
     for path in args.export_dir:
-        name = path.resolve().parent.name
+        name = phase_of(path)
         if name in folders:
             raise UserError(f"{folders[name].path} and {path} are both of a phase {name}; name one of them")
         folders[name] = open_folder(path)
@@ -81,9 +81,21 @@ def main() -> int:
     return 0
 
 
+def phase_of(export_dir: Path) -> str:
+    """The phase of <phase>/export; a folder that was copied elsewhere has its own name."""
+    path = export_dir.resolve()
+    return path.parent.name if path.name == "export" else path.name
+
+
 def trained_on(export_dir: Path) -> Path:
-    """The folder of features that a phase was trained with."""
-    return Path(read_json(export_dir.resolve().parent / "config.json")["data"]["fbank_dir"])
+    """The folder of features that a phase was trained with. UserError where the phase is not there."""
+    config = export_dir.resolve().parent / "config.json"
+    if not config.is_file():
+        raise UserError(
+            f"{config} does not exist, so it is not known what {export_dir} was trained on: name a folder of "
+            "features with --fbank-dir"
+        )
+    return Path(read_json(config)["data"]["fbank_dir"])
 
 
 def speech(fbank_dir: Path, parts: List[str], seconds: float) -> Any:

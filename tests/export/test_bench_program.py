@@ -98,13 +98,28 @@ def test_the_report_reads_it(run, exp):
     assert [row["precision"] for row in export["bench"]["rows"]] == ["float", "int8"]
 
 
+def test_copied_folders_have_their_own_names(run, exp):
+    shutil.copytree(exp / "teacher" / "export", exp / "copies" / "one")
+    shutil.copytree(exp / "teacher" / "export", exp / "copies" / "another")
+    options = [
+        "--fbank-dir",
+        str(exp / "fbank"),
+        "--export-dir",
+        *map(str, sorted((exp / "copies").iterdir())),
+    ]
+    run("student", options=options)
+    for name in ("one", "another"):
+        bench = json.loads((exp / "copies" / name / "bench.json").read_text())
+        assert bench["reference"] == "another float" and [row["phase"] for row in bench["rows"]] == [name]
+
+
 @pytest.mark.parametrize(
     "phases, options, message",
     [
         (["nothing"], [], "there is no model folder .*nothing"),
         (["teacher", "teacher"], [], "both of a phase teacher"),
         (["teacher"], ["--test-parts", "x"], "cuts_x.*parts there: test-clean, test-other"),
-        (["student"], [], "student/config.json does not exist"),
+        (["student"], [], "student/config.json does not exist.*--fbank-dir"),
     ],
 )
 def test_what_cannot_work_is_one_clear_error(run, exp, phases, options, message):
