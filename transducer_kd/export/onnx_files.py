@@ -1,8 +1,6 @@
-"""ONNX files of a model's parts: written with the metadata that sherpa-onnx reads, and held against PyTorch.
+"""ONNX files of a model's parts, with the metadata that sherpa-onnx reads.
 
-Every part is traced once and written to a file of its own. `compare` runs a part in onnxruntime and in
-PyTorch on the same inputs, chunk after chunk where it streams, and says how far each output is off and where
-in the encoder that begins.
+Every part is traced once and written to a file of its own. compare.py holds the files against PyTorch.
 """
 
 from __future__ import annotations
@@ -22,13 +20,11 @@ from torch import Tensor, nn
 from torch.onnx import symbolic_helper
 
 from transducer_kd.export import graphs
-from transducer_kd.export.session import load_session
 from transducer_kd.log import UserError, atomic_write
 from transducer_kd.models.subsampling import LOOKAHEAD_FRAMES, SUBSAMPLING_FACTOR
 from transducer_kd.models.transducer import Transducer
 
 OPSET = 17  # the first with LayerNormalization, the last that torch 1.13 writes
-MAX_DIFFERENCE = 1e-3  # of a float32 output, as a share of the largest of PyTorch's where that is above 1
 
 
 @dataclass(frozen=True)
@@ -41,21 +37,6 @@ class Part:
     outputs: Tuple[str, ...]
     dynamic: Dict[str, Dict[int, str]]  # input or output -> its axes of unknown size
     metadata: Dict[str, str]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far an output of an ONNX file is from PyTorch's."""
-
-    part: str
-    output: str
-    max_difference: float  # relative to the largest value where that is above 1
-    limit: float
-    starts_at: Optional[str] = None  # the first layer whose own output is beyond the limit
-
-    @property
-    def is_passed(self) -> bool:
-        return self.max_difference <= self.limit
 
 
 def parts_of(model: Transducer, offline_model: Transducer) -> List[Part]:
@@ -297,117 +278,6 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logging.getLogger().setLevel(before)
-
-
-# ---------------------------------------------------------------- held against PyTorch
-
-
-def compare(part: Part, path: Path, limit: float = MAX_DIFFERENCE) -> List[Difference]:
-    """Each output of the file at `path` against that of its graph in PyTorch, on inputs that differ from
-    those it was traced with. A streaming encoder runs five chunks with its own caches, the offline one a
-    batch of unequal lengths.
-    """
-    session, largest = load_session(path), dict.fromkeys(part.outputs, 0.0)
-    carried: Dict[str, Tensor] = {}
-    found: List[Tensor] = []
-    for inputs in _other_inputs(part):
-        inputs = {**inputs, **carried}
-        with torch.inference_mode():
-            expected = part.graph.eval()(*inputs.values())
-        expected = expected if isinstance(expected, tuple) else (expected,)
-        found = [torch.from_numpy(y) for y in session.run(None, {k: v.numpy() for k, v in inputs.items()})]
-        for name, y, wanted in zip(part.outputs, found, expected):
-            largest[name] = max(largest[name], _difference(y, wanted, part, inputs, expected))
-        if part.name == "encoder-streaming":
-            carried = {"cached_attn": found[1], "cached_conv": found[2]}
-    starts_at = None
-    if part.name.startswith("encoder") and max(largest.values()) > limit:
-        starts_at = _first_layer_off(part, path, limit)
-    return [Difference(part.name, name, value, limit, starts_at) for name, value in largest.items()]
-
-
-def _difference(found: Tensor, wanted: Tensor, part: Part, inputs: Dict[str, Tensor], expected: Any) -> float:
-    """Largest difference of two outputs, as a share of the largest value where that is above 1; inf for
-    another shape or a value that is not finite.
-    """
-    if found.shape != wanted.shape or not bool(torch.isfinite(found.float()).all()):
-        return float("inf")
-    if (
-        part.name == "encoder-offline" and found.dim() == 3 and expected is not None
-    ):  # frames beyond an utterance's end mean nothing
-        valid = torch.arange(found.size(1)) < expected[1].unsqueeze(1)
-        found, wanted = found[valid], wanted[valid]
-    if not found.numel():
-        return 0.0
-    scale = wanted.double().abs().max().clamp(min=1)
-    return float((found.double() - wanted.double()).abs().max() / scale)
-
-
-def _other_inputs(part: Part) -> Iterator[Dict[str, Tensor]]:
-    """Inputs of other sizes and values than the part was traced with, in the order in which it takes them."""
-    seed = torch.Generator().manual_seed(7)
-    if part.name == "encoder-streaming":
-        x, attn, conv, lens = part.inputs.values()
-        num_streams, step = 3, int(part.metadata["decode_chunk_len"])
-        for number in range(5):
-            yield {
-                "x": 3 * torch.randn(num_streams, *x.shape[1:], generator=seed) - 8,
-                "cached_attn": attn.new_zeros(attn.size(0), attn.size(1), num_streams, attn.size(3)),
-                "cached_conv": conv.new_zeros(conv.size(0), conv.size(1), num_streams, conv.size(3)),
-                "processed_lens": torch.full((num_streams,), number * step),
-            }
-    elif part.name == "encoder-offline":
-        for lens in ([7], [333, 90, 7]):
-            x = 3 * torch.randn(len(lens), max(lens), part.inputs["x"].size(2), generator=seed) - 8
-            yield {"x": x, "x_lens": torch.tensor(lens)}
-    elif part.name == "decoder":
-        vocab_size, context = int(part.metadata["vocab_size"]), part.inputs["y"].size(1)
-        yield {"y": torch.randint(-1, vocab_size, (7, context), generator=seed)}
-    elif part.name == "joiner":
-        yield {name: torch.randn(5, value.size(1), generator=seed) for name, value in part.inputs.items()}
-    else:
-        frames, vocab_size = part.inputs["encoder_frames"], int(part.metadata["vocab_size"])
-        for num_hyps, num_tokens, num_frames in ((1, 1, 3), (6, 9, 77)):
-            lens = torch.randint(0, num_tokens + 1, (num_hyps,), generator=seed)
-            yield {
-                "encoder_frames": torch.randn(1, num_frames, frames.size(2), generator=seed),
-                "y": torch.randint(3, vocab_size, (num_hyps, num_tokens), generator=seed),
-                "y_lens": lens,
-            }
-
-
-def _first_layer_off(part: Part, path: Path, limit: float) -> Optional[str]:
-    """The first of subsampling, layers and norm whose output is beyond the limit, in the inputs of the first
-    run.
-
-    A layer's output is what the first norm of the next one is given, in both.
-    """
-    encoder, inputs = part.graph.encoder, next(_other_inputs(part))
-    norms = {f"encoder.layers.{i}.ff1_norm": layer.ff1_norm for i, layer in enumerate(encoder.layers)}
-    norms["encoder.norm"] = encoder.norm
-    expected: List[Tensor] = []
-    hooks = [
-        norm.register_forward_pre_hook(lambda _, given: expected.append(given[0])) for norm in norms.values()
-    ]
-    with torch.inference_mode():
-        part.graph(*inputs.values())
-    for hook in hooks:
-        hook.remove()
-
-    model = onnx.load(str(path))
-    given_to = {
-        node.input[1]: node.input[0] for node in model.graph.node if node.op_type == "LayerNormalization"
-    }
-    values = [given_to[f"{name}.weight"] for name in norms]
-    del model.graph.output[:]
-    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(value) for value in values)
-    session = load_session(path, content=model.SerializeToString())
-    found = session.run(values, {k: v.numpy() for k, v in inputs.items()})
-    makers = ["encoder.subsampling", *(f"encoder.layers.{i}" for i in range(len(encoder.layers)))]
-    for maker, y, wanted in zip(makers, found, expected):
-        if _difference(torch.from_numpy(y), wanted, part, inputs, None) > limit:
-            return maker
-    return "encoder.norm"
 
 
 def _random(*shape: int) -> Tensor:

@@ -49,8 +49,8 @@ def check(
 ) -> Dict[str, Any]:
     """All of gate.json.
 
-    tensors: rows of onnx_files.compare; speech: the test sets; odd: inputs on which one pass is compared, by
-    name; about: commit and command.
+    tensors: rows of tensors.check_tensors; speech: the test sets; odd: inputs on which one pass is compared,
+    by name; about: commit and command.
     """
     start = time.monotonic()
     words = [row for test_set in speech for row in check_words(comparisons, test_set, speech[test_set]())]

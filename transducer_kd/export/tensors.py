@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from transducer_kd.decode.streaming import chunks
+from transducer_kd.export.compare import MAX_DIFFERENCE, compare
 from transducer_kd.export.folder import PRECISIONS, ModelFolder
-from transducer_kd.export.onnx_files import MAX_DIFFERENCE, Part, compare
+from transducer_kd.export.onnx_files import Part
 from transducer_kd.models.conformer import Conformer
 from transducer_kd.models.subsampling import LOOKAHEAD_FRAMES, SUBSAMPLING_FACTOR
 
@@ -91,7 +92,7 @@ def _layer_outputs(encoder: Conformer, x: Tensor) -> Tuple[List[Tensor], List[Te
 
 
 def _difference(found: Tensor, wanted: Tensor) -> float:
-    """Largest one, as a share of the largest value where that is above 1, as in onnx_files.compare."""
+    """Largest one, as a share of the largest value where that is above 1, as in compare.py."""
     if found.shape != wanted.shape:
         return math.inf
     return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1))
