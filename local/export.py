@@ -81,9 +81,10 @@ def main() -> int:
     from transducer_kd.export.odd_inputs import of_recordings
     from transducer_kd.export.quantise import quantise
     from transducer_kd.export.tensors import check_tensors
-    from transducer_kd.export.write import write_folder
+    from transducer_kd.export.write import check_target, write_folder
     from transducer_kd.train.experiment import git_commit
 
+    check_target(args.output_dir)
     loaded = build.load_model(
         args.exp_dir, args.epoch, args.avg, args.use_averaged_model, lang_dir=args.lang_dir
     )
@@ -107,8 +108,6 @@ def main() -> int:
         "bpe_sha256": loaded.tokenizer.sha256,
         **run,
     }
-    for name in ("gate.json", "bench.json"):  # of an earlier export
-        (args.output_dir / name).unlink(missing_ok=True)
     folder, parts = write_folder(
         args.output_dir,
         main_mode.model,

@@ -26,6 +26,7 @@ FORMAT = 1
 MODES = ("streaming", "offline")
 PARTS = ("encoder-streaming", "encoder-offline", "decoder", "joiner", "las")
 PRECISIONS = ("float", "int8")
+SCRATCH = ".int8-"  # how the folder in it begins in which int8 files are tried
 _HASHED_AT_ONCE = 1 << 20  # bytes; a device need not hold a file of weights twice
 _NOT_RUN = {"bpe.model", "model.safetensors"}
 _AGAIN = "export the phase again (local/export.py)"

@@ -24,7 +24,7 @@ import onnx
 from onnx import helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from transducer_kd.export.folder import ModelFolder, describe, file_name
+from transducer_kd.export.folder import SCRATCH, ModelFolder, describe, file_name
 from transducer_kd.export.onnx_files import Part, save
 from transducer_kd.log import atomic_write, progress
 
@@ -67,7 +67,7 @@ def quantise(
     """
     names = [part.name for part in parts]
     models = {name: _products_alone(onnx.load(str(folder.file(name, "float")))) for name in names}
-    with tempfile.TemporaryDirectory(dir=folder.path, prefix=".int8-") as temporary:
+    with tempfile.TemporaryDirectory(dir=folder.path, prefix=SCRATCH) as temporary:
         candidates = _Candidates(folder, models, Path(temporary), measure)
         treatment = _search(candidates, sorted(set(itertools.chain(*map(modules_of, models.values())))))
         found, loss = candidates.make(treatment), candidates.loss(treatment)

@@ -3,6 +3,7 @@
 Shapes: none; see graphs.py.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 from transducer_kd.export import graphs
-from transducer_kd.export.folder import ModelFolder, describe, file_name
+from transducer_kd.export.folder import PARTS, PRECISIONS, SCRATCH, ModelFolder, describe, file_name
 from transducer_kd.export.onnx_files import Part, parts_of, write_part
 from transducer_kd.log import UserError, atomic_write
 from transducer_kd.models.transducer import Transducer
@@ -28,7 +29,8 @@ def write_folder(
     about: Dict[str, Any],
     rescore: Optional[Dict[str, Any]] = None,
 ) -> Tuple[ModelFolder, List[Part]]:
-    """Export into the folder `path`, which is made where it is not there.
+    """Export into the folder `path`, which is made where it is not there. What an earlier export left there
+    goes.
 
     model: as it streams, or an offline one; offline_model: as it hears whole utterances (see parts_of).
     weights: the phase's state dict, of which those that only training uses are left out. about: where it is
@@ -36,6 +38,8 @@ def write_folder(
     UserError where lang_dir lacks the tokens, or the model cannot be exported.
     """
     parts = parts_of(model, offline_model)
+    check_target(path)
+    _clear(path)
     names = []
     for part in parts:
         names.append(file_name(part.name, "float"))
@@ -61,6 +65,22 @@ def write_folder(
     }
     described = {**about, "torch": torch.__version__, **sizes, "rescore": rescore}
     return describe(path, described, [*names, *TOKEN_FILES, "model.safetensors"]), parts
+
+
+def check_target(path: Path) -> None:
+    """UserError where an export into this folder would write over a README.md that is of no export."""
+    if (path / "README.md").exists() and not (path / "model.json").exists():
+        raise UserError(f"{path} is no model folder and has a README.md; name a folder of its own")
+
+
+def _clear(path: Path) -> None:
+    """Take away what an export leaves, finished or not: first what says that this is a model."""
+    names = ["README.md", "model.json", "gate.json", "bench.json"]
+    names += [file_name(part, precision) for part in PARTS for precision in PRECISIONS]
+    for name in names:
+        (path / name).unlink(missing_ok=True)
+    for scratch in path.glob(f"{SCRATCH}*"):
+        shutil.rmtree(scratch)
 
 
 def _copy(source: Path, target: Path) -> None:
