@@ -32,7 +32,7 @@ $(describe_recipes)
 
 Stages, the same in every recipe
   0  corpus and manifests      2    teacher                         6  decode and report
-  1  features and BPE          3-5  the recipe's own phases         7    export for the device
+  1  features and BPE          3-5  the recipe's own phases         7  export for the device
   --stage N --stop-stage M     from N (default 0) to M (default: 6; 7 has to be asked for)
   --force                      run the stages again though they are done; an earlier training is moved aside
   A stage that ended well with the same options is skipped. One that was interrupted goes on where it was.

@@ -268,8 +268,12 @@ class TestExport:
         echo "RUN $*"
         case $2 in
           local/export.py)
+            [ "$phase" != "${crashes:-}" ] || return 1
             mkdir -p "$exp_root/$phase/export"; date +%N >"$exp_root/$phase/export/model.json"
+            touch "$exp_root/$phase/export/gate.json"; rm -f "$exp_root/$phase/export/bench.json"
             [ "$phase" != "${fails:-}" ] || return 1 ;;
+          local/bench_export.py)
+            for phase in "$exp_root"/*/export; do touch "$phase/bench.json"; done ;;
         esac
       }
       parts_of() { [ "$1" = test ] && echo clean other || echo dev; }
@@ -287,8 +291,8 @@ class TestExport:
             f"export.py --exp-dir {exp}/{phase} --use-averaged-model --test-parts clean,other --dev-part dev"
             for phase in ("teacher", "student")
         ] + [
-            f"bench_export.py --export-dir {exp}/teacher/export {exp}/student/export --test-parts clean,other "
-            "--turns 2 --audio-s 5 --stream-s 120 --streams 1"
+            f"bench_export.py --export-dir {exp}/teacher/export {exp}/student/export --test-parts "
+            "clean,other --turns 2 --audio-s 5 --stream-s 120 --streams 1"
         ]
         assert output.count("plain is not trained") == 2 and output.count("REPORT") == 2
         assert output.count("done already") == 3
@@ -317,6 +321,24 @@ class TestExport:
         )
         assert [line.split()[0] for line in self.told(output)] == ["train.py", "export.py", "bench_export.py"]
         assert "Stage 7: export student: its options changed" in output
+
+    @pytest.mark.parametrize(
+        "lost, again", [("gate", ["export.py", "bench_export.py"]), ("bench", ["bench_export.py"])]
+    )
+    def test_what_an_export_by_hand_lacks_is_made(self, shell, lost, again):
+        shell(self.BODY + "export_stage", options="--stage 0 --stop-stage 7")
+        (shell.exp / f"student/export/{lost}.json").unlink()
+        output = shell(self.BODY + "export_stage", options="--stage 7")
+        assert [line.split()[0] for line in self.told(output)] == again
+
+    def test_an_export_that_leaves_no_model_is_the_error(self, shell):
+        output = shell(
+            self.BODY + "exported=student crashes=student; export_stage",
+            options="--stage 0 --stop-stage 7",
+            status=1,
+        )
+        assert "bench_export.py" not in output and "nothing to export" not in output
+        assert "the export of student failed" in output.splitlines()[-1]
 
     def test_without_a_trained_phase_there_is_an_error(self, shell):
         assert "nothing to export" in shell(
