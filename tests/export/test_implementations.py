@@ -124,7 +124,9 @@ class TestDevSpeech:
         speech = DevSpeech(folder, models, known, {"noise": recordings[1].samples})
         loss = speech.loss(folder)
         assert loss.wer_difference > 10 and loss.different == ("streaming, noise", "offline, noise")
-        assert speech.loss(folder, "float").wer_difference == 0
+        assert speech.loss(folder, precision="float").wer_difference == 0
+        alone = speech.loss(folder, only=("offline, noise",))
+        assert (alone.wer_difference, alone.different) == (0.0, ("offline, noise",))
 
 
 class TestSteadyRecordings:

@@ -25,7 +25,7 @@ class Loss:
     different: Tuple[str, ...] = ()
 
 
-def good(folder):
+def good(folder, only):
     return Loss(0.0)
 
 
@@ -127,7 +127,7 @@ def test_int8_files_are_close_and_in_model_json(folder, parts):
 
 
 def test_the_module_that_mends_most_is_relaxed_first(small):
-    def measure(candidate):
+    def measure(candidate, only):
         model = onnx.load(str(candidate.file("encoder-streaming", "int8")))
         left = sum(node.op_type == "MatMulInteger" for node in model.graph.node)
         attention = {"encoder.layers.0.attention"}
@@ -140,14 +140,28 @@ def test_the_module_that_mends_most_is_relaxed_first(small):
     assert made.info["int8"]["different"] == []
 
 
+def test_modules_are_tried_on_what_is_wrong_alone_and_the_first_that_is_enough_is_taken(small):
+    asked = []
+
+    def measure(candidate, only):
+        asked.append(only)
+        model = onnx.load(str(candidate.file("encoder-streaming", "int8")))
+        is_wrong = "encoder.subsampling" in dynamic_modules(model)
+        return Loss(0.0, ("clipped",) if is_wrong else ())
+
+    made = quantise.quantise(*small, measure)
+    assert made.info["int8"]["relaxed"] == [{"module": "encoder.subsampling", "how": "weights"}]
+    assert asked[0] == () == asked[-1] and set(asked[1:-1]) == {("clipped",)}
+
+
 def test_what_cannot_be_mended_is_told(small):
-    made = quantise.quantise(*small, lambda candidate: Loss(0.05, ("silence",)))
+    made = quantise.quantise(*small, lambda candidate, only: Loss(0.05, ("silence",)))
     assert made.info["int8"]["different"] == ["silence"]
     assert made.info["int8"]["relaxed"] == []  # nothing helped, so nothing is given up for it
 
 
 def test_a_search_that_is_killed_leaves_the_folder_as_it_was(folder, parts):
-    def measure(candidate):
+    def measure(candidate, only):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

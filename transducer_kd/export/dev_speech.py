@@ -117,17 +117,23 @@ class DevSpeech:
             recognise = whole_two_pass(folder, models, self._two_pass_mode)
             self._two_pass_wer = self._word_error_rate(recognise)
 
-    def loss(self, folder: ModelFolder, precision: str = "int8") -> Loss:
+    def loss(self, folder: ModelFolder, only: Sequence[str] = (), precision: str = "int8") -> Loss:
         """What the files of a precision lose, through the runtime. Two passes take longer than all else: they
         are only measured where one pass is good enough.
+
+        only: names as in Loss.different, of the odd inputs to try, without a WER; nothing: everything.
         """
         worse, different = [], []
         for mode, expected in self._odd_words.items():
             recognise = of_files(folder, mode, precision)
-            worse.append(self._word_error_rate(recognise) - self._wer[mode])
-            for name, wanted, words in zip(self.odd, expected, self._to_odd(recognise)):
-                if words != wanted:
-                    different.append(f"{mode}, {name}")
+            for (name, samples), wanted in zip(self.odd.items(), expected):
+                name = f"{mode}, {name}"
+                if (not only or name in only) and recognise([samples])[0] != wanted:
+                    different.append(name)
+            if not only:
+                worse.append(self._word_error_rate(recognise) - self._wer[mode])
+        if only:
+            return Loss(0.0, tuple(different))
         if self._two_pass_mode and not different and max(worse) <= MOST_WORSE:
             recognise = two_pass_of_files(folder, self._two_pass_mode, precision)
             worse.append(self._word_error_rate(recognise) - self._two_pass_wer)
