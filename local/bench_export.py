@@ -8,8 +8,9 @@ The first is what the others are compared with:
 Every folder is measured as float and as int8, all of them in one run in which they take turns, on speech of
 the test parts. One that can stream does, in pieces of 0.1 s; others hear utterances of 10 s. Real-time factor
 (RTF): processor seconds for a second of audio. It is given with and without the features, which cost the same
-for every model. Memory is that of a process of its own, which streams five minutes; it and the latency of a
-chunk, in the first and in the last of these minutes, show whether they grow.
+for every model. Latency of a chunk: processor time from the arrival of its last sample to its words. Memory
+is that of a process of its own, which streams five minutes; it and the latency, in the first and in the last
+of these minutes, show whether they grow.
 
 Writes bench.json into each folder, and prints a table.
 """

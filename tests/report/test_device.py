@@ -111,8 +111,8 @@ def test_what_was_not_measured_is_left_open(root):
     (root / "student" / "export" / "gate.json").unlink()
     report = collect.collect(root)
     assert of_export(report["missing"]) == [
-        "the parity gate of the export of phase student (no gate.json)",
-        "the benchmark of the export of phase student (no bench.json)",
+        "the parity gate of the export of phase student (no gate.json): run stage 7 again",
+        "the benchmark of the export of phase student (no bench.json): run stage 7 again",
     ]
     by_phase = {tuple(row[:2]): row[2:] for row in device.device_rows(report)}
     assert by_phase["student", "int8"] == ["1.00", "- (-)", "- (-)", "-", "-", "-", "streaming", "-"]

@@ -204,8 +204,8 @@ def speed_notes(report: Dict[str, Any]) -> List[str]:
     out = [
         f"{bench['runtime']}, {threads}; medians of {bench['turns']} turns, which the models take one after "
         f"the other, on {bench['audio_s']:g} s of speech. RTF: processor seconds for a second of audio, from "
-        "samples to words; without features: the model and its search alone. ms a chunk: from its last "
-        f"sample to its words, median (95th percentile). Peak: of a process that hears "
+        "samples to words; without features: the model and its search alone. ms a chunk: processor "
+        f"time from its last sample to its words, median (95th percentile). Peak: of a process that hears "
         f"{bench['stream_s'] / 60:g} minutes"
         f"{_baseline(runs.values())}; the first and the last of these tell whether memory or latency grow."
     ]

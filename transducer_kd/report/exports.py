@@ -106,9 +106,9 @@ def read_export(
         return export, [f"the export of phase {name} is stale and left out: {why}; {_MEND}"]
     gaps = []
     if export["gate"] is None:
-        gaps.append(f"the parity gate of the export of phase {name} (no gate.json)")
+        gaps.append(f"the parity gate of the export of phase {name} (no gate.json): {_MEND}")
     if export["bench"] is None:
-        gaps.append(f"the benchmark of the export of phase {name} (no bench.json)")
+        gaps.append(f"the benchmark of the export of phase {name} (no bench.json): {_MEND}")
     elif not _is_of(export["bench"], export["model"]):
         export["bench"] = None
         gaps.append(f"the benchmark of the export of phase {name}, which is of another export: {_MEND}")
