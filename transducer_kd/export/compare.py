@@ -46,7 +46,7 @@ def compare(part: Part, path: Path, limit: float = MAX_DIFFERENCE) -> List[Diffe
         expected = expected if isinstance(expected, tuple) else (expected,)
         found = [torch.from_numpy(y) for y in session.run(None, {k: v.numpy() for k, v in inputs.items()})]
         for name, y, wanted in zip(part.outputs, found, expected):
-            largest[name] = max(largest[name], _difference(y, wanted, _valid_lens(part, expected)))
+            largest[name] = max(largest[name], difference(y, wanted, _valid_lens(part, expected)))
         if part.name.startswith("encoder") and starts_at is None and max(largest.values()) > limit:
             starts_at = _first_layer_off(part, path, limit, inputs)
         if part.name == "encoder-streaming":
@@ -59,9 +59,9 @@ def _valid_lens(part: Part, outputs: Sequence[Tensor]) -> Optional[Tensor]:
     return outputs[1] if part.name == "encoder-offline" else None
 
 
-def _difference(found: Tensor, wanted: Tensor, lens: Optional[Tensor]) -> float:
+def difference(found: Tensor, wanted: Tensor, lens: Optional[Tensor] = None) -> float:
     """Largest difference of two outputs, as a share of the largest value where that is above 1; inf for
-    another shape or a value that is not finite. lens: see _valid_lens.
+    another shape or a value that is not finite. lens: (N,) frames of (N,T',D) that mean something.
     """
     if found.shape != wanted.shape or not bool(torch.isfinite(found.double() - wanted.double()).all()):
         return float("inf")
@@ -135,6 +135,6 @@ def _first_layer_off(part: Part, path: Path, limit: float, inputs: Dict[str, Ten
     found = session.run(values, {k: v.numpy() for k, v in inputs.items()})
     makers = ["encoder.subsampling", *(f"encoder.layers.{i}" for i in range(len(encoder.layers)))]
     for maker, y, wanted in zip(makers, found, expected):
-        if _difference(torch.from_numpy(y), wanted, lens) > limit:
+        if difference(torch.from_numpy(y), wanted, lens) > limit:
             return maker
     return "encoder.norm"

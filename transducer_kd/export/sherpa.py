@@ -10,7 +10,7 @@ compares another implementation with these has to give it `padded(samples, folde
 No torch here, nor in what is imported: a recogniser should start at once.
 """
 
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List
 
 import numpy as np
 import sherpa_onnx
@@ -107,10 +107,6 @@ class SherpaStreaming:
         stream.finish()
         return stream.text()
 
-    def decode_all(self, utterances: Sequence[np.ndarray]) -> List[str]:
-        """Of each of them, one after the other: int8 rounds by what else is in a batch."""
-        return [self.decode(samples) for samples in utterances]
-
 
 class SherpaStream:
     """Audio that comes piece by piece. However it is cut, the words are the same; audio is forgotten."""
@@ -204,10 +200,6 @@ class SherpaOffline:
         stream.accept_waveform(SAMPLING_RATE, padded(samples, self._folder))
         self.recognizer.decode_stream(stream)
         return stream.result.text.strip()
-
-    def decode_all(self, utterances: Sequence[np.ndarray]) -> List[str]:
-        """Of each of them, one after the other: int8 rounds by what else is in a batch."""
-        return [self.decode(samples) for samples in utterances]
 
 
 def _arguments(

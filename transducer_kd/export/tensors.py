@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from transducer_kd.decode.streaming import chunks
-from transducer_kd.export.compare import MAX_DIFFERENCE, compare
+from transducer_kd.export.compare import MAX_DIFFERENCE, compare, difference
 from transducer_kd.export.folder import PRECISIONS, ModelFolder
 from transducer_kd.export.onnx_files import Part
 from transducer_kd.models.conformer import Conformer
@@ -46,24 +46,24 @@ def chunk_rows(encoder: Conformer) -> List[Row]:
         - 8
     )
     whole, by_chunks = _layer_outputs(encoder, x)
-    differences = [_difference(one, other) for one, other in zip(by_chunks, whole)]
+    differences = [difference(one, other) for one, other in zip(by_chunks, whole)]
     makers = ["encoder.subsampling", *(f"encoder.layers.{i}" for i in range(len(encoder.layers)))]
     starts_at = None
-    if not differences[-1] <= MAX_DIFFERENCE:
-        off = [maker for maker, found in zip(makers, differences) if not found <= MAX_DIFFERENCE]
+    if differences[-1] > MAX_DIFFERENCE:
+        off = [maker for maker, found in zip(makers, differences) if found > MAX_DIFFERENCE]
         starts_at = off[0] if off else "encoder.norm"
     return [_row("PyTorch by chunks", "encoder_out", differences[-1], MAX_DIFFERENCE, starts_at)]
 
 
-def _row(part: str, output: str, difference: float, limit: float, starts_at: Optional[str]) -> Row:
+def _row(part: str, output: str, largest: float, limit: float, starts_at: Optional[str]) -> Row:
     return {
         "part": part,
         "output": output,
         # JSON knows no infinity.
-        "max_difference": difference if math.isfinite(difference) else None,
+        "max_difference": largest if math.isfinite(largest) else None,
         "limit": limit if math.isfinite(limit) else None,
         "starts_at": starts_at,
-        "passed": difference <= limit and math.isfinite(difference),
+        "passed": largest <= limit and math.isfinite(largest),
     }
 
 
@@ -89,10 +89,3 @@ def _layer_outputs(encoder: Conformer, x: Tensor) -> Tuple[List[Tensor], List[Te
         hook.remove()
     valid = slice(int(whole_lens))
     return [*at_once, whole[0]], [torch.cat(kept)[valid] for kept in [*given, pieces]]
-
-
-def _difference(found: Tensor, wanted: Tensor) -> float:
-    """Largest one, as a share of the largest value where that is above 1, as in compare.py."""
-    if found.shape != wanted.shape:
-        return math.inf
-    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1))
