@@ -78,7 +78,7 @@ def export(trained, tmp_path, monkeypatch):
     spec.loader.exec_module(program)
     monkeypatch.setattr(program, "setup_logging", lambda: None)
     # What int8 loses on random weights would be searched for long, and says nothing: test_quantise.py.
-    monkeypatch.setattr(DevSpeech, "loss", lambda speech, folder: Loss(0.0, ()))
+    monkeypatch.setattr(DevSpeech, "loss", lambda speech, folder, only: Loss(0.0, ()))
 
     def run(phase, *arguments):
         given = ["--exp-dir", trained / phase, "--output-dir", tmp_path / phase, *arguments]
