@@ -101,8 +101,8 @@ def file_name(part: str, precision: str) -> str:
     return f"{part}.onnx" if precision == "float" else f"{part}.{precision}.onnx"
 
 
-def open_folder(path: Path, verify: bool = True) -> ModelFolder:
-    """The model folder `path`. verify: compare every file with its sha256, some milliseconds.
+def open_folder(path: Path) -> ModelFolder:
+    """The model folder `path`, every file compared with its sha256.
 
     Its info names the files that are there; all ONNX files of one precision may have been left out, and what
     nothing runs. UserError that names what else is missing or damaged. Nothing unchecked is handed to
@@ -128,7 +128,7 @@ def open_folder(path: Path, verify: bool = True) -> ModelFolder:
     left_out = _left_out(path, info["files"])
     files = {name: known for name, known in info["files"].items() if name not in left_out}
     for name, known in files.items():
-        _check_file(path / name, known, verify)
+        _check_file(path / name, known)
     folder = ModelFolder(path, {**info, "files": files})
     for part in ("decoder", "joiner"):
         if not any(folder.has(part, precision) for precision in PRECISIONS):
@@ -160,12 +160,12 @@ def _left_out(path: Path, names: Iterable[str]) -> Set[str]:
     return left_out
 
 
-def _check_file(file: Path, known: Any, verify: bool) -> None:
+def _check_file(file: Path, known: Any) -> None:
     if not file.is_file():
         raise UserError(f"{file} is missing, but model.json names it; copy the whole folder, or {_AGAIN}")
     if not isinstance(known, dict) or {"sha256", "bytes"} - known.keys():
         raise UserError(f"{file.parent}/model.json does not say how large {file.name} is; {_AGAIN}")
-    if file.stat().st_size != known["bytes"] or (verify and _sha256(file) != known["sha256"]):
+    if file.stat().st_size != known["bytes"] or _sha256(file) != known["sha256"]:
         raise UserError(
             f"{file} is not the file that was exported (it is damaged, or of another export); {_AGAIN}"
         )

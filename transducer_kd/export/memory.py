@@ -58,8 +58,7 @@ def hear_file(folder: Path, precision: str, pcm: Path) -> Dict[str, Any]:
     was ever resident, baseline included) and first_minute and last_minute of a stream: resident_mb at its
     end, chunk_ms_median, chunk_ms_p95. They are None for what does not stream, or not for two full minutes.
     """
-    # Not verified: that reads the files, and their memory would be counted as the model's.
-    opened = open_folder(folder, verify=False)
+    opened = open_folder(folder)
     baseline = memory_mb("VmRSS")
     candidate = Candidate(opened, precision)
     heard = candidate.hear(read_pcm(pcm, candidate.piece_samples))
