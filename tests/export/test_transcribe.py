@@ -140,7 +140,7 @@ def test_stdin(streaming_folder, monkeypatch, capsys, step):
 
 @pytest.mark.parametrize("two_pass", [[], ["--two-pass"]])
 def test_a_pause_ends_a_line(las_folder, monkeypatch, capsys, two_pass):
-    """Where a pause of two frames is enough, words come in several lines, and all of them."""
+    """Where a pause of two frames is enough, words come in several lines."""
     listening_to(monkeypatch, as_pcm(SAMPLES))
     lines = run(capsys, las_folder, "-", "--pause", "0.08", "--final-only", *two_pass)
     listening_to(monkeypatch, as_pcm(SAMPLES))
@@ -149,11 +149,13 @@ def test_a_pause_ends_a_line(las_folder, monkeypatch, capsys, two_pass):
     assert 0.5 < len("".join(lines)) / len(line) < 2
 
 
-def test_two_passes_over_a_file_go_by_utterances(las_folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("two_pass", [[], ["--two-pass"]])
+def test_a_file_goes_by_utterances(las_folder, tmp_path, monkeypatch, capsys, two_pass):
+    """After a pause a model begins anew, as for stdin."""
     wav = tmp_path / "a.wav"
     soundfile.write(wav, SAMPLES, 16000, subtype="PCM_16")
     listening_to(monkeypatch, soundfile.read(wav, dtype="int16")[0].tobytes(), step=100000)
-    options = ["--pause", "0.08", "--final-only", "--two-pass"]
+    options = ["--pause", "0.08", "--final-only", *two_pass]
     lines = run(capsys, las_folder, "-", *options)
     assert len(lines) > 1 and run(capsys, las_folder, wav, *options) == [f"{wav}: {' '.join(lines)}"]
 

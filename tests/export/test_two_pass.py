@@ -80,23 +80,6 @@ def test_a_stream_gives_the_same_and_shows_the_first_pass_before(las_folder, pie
         stream.accept(samples)
 
 
-def test_utterances_follow_each_other_in_a_stream(las_folder):
-    """The encoder goes on, and so does the last chunk where no word has come out of it yet."""
-    recogniser, chunk_size = TwoPassRecogniser(open_folder(las_folder)), 4
-    stream, whole, kept = recogniser.stream(), recogniser.stream(), []
-    assert stream.result().words == [] and stream.final_text() == stream.text() == ""
-    for seed in range(12):
-        for one in (stream, whole):
-            one.accept(speechlike(9000, seed))
-        chunks, timestamps = stream._encoded, stream._greedy().timestamps
-        assert stream.result().hyp.tokens and torch.equal(chunks[-1].frames, whole._encoded[-1].frames)
-        stream.restart()
-        is_silent = all(frame < chunk_size * (len(chunks) - 1) for frame in timestamps)
-        assert stream._encoded == (chunks[-1:] if is_silent else [])
-        kept.append(is_silent)
-    assert set(kept) == {True, False}
-
-
 @pytest.mark.parametrize("pause_s, expected", [(0.5, True), (5.0, False), (0.0, False)])
 def test_a_pause_is_noticed(las_folder, tmp_path, pause_s, expected):
     folder = without_words(las_folder, tmp_path / "silent")

@@ -4,13 +4,14 @@
   arecord -q -t raw -f S16_LE -r 16000 -c 1 | python -m transducer_kd.export.transcribe MODEL_DIR -
 
 Each file gives one line, `file: words`. What comes from stdin (-) has to be raw PCM, 16-bit little-endian,
-16 kHz, mono; it gives a line for every utterance, and a pause of --pause seconds ends one. A streaming model
-shows its words as they come: on a terminal the line is written anew, elsewhere lines that end in " ..."
-follow each other (--final-only leaves them out). Streamed audio is forgotten as it is heard; --mode offline
-holds a whole file, and --two-pass the encoder frames of an utterance.
+16 kHz, mono; it gives a line for every utterance. A pause of --pause seconds ends an utterance, and a
+streaming model begins anew after it, in files too. It shows its words as they come: on a terminal the line is
+written anew, elsewhere lines that end in " ..." follow each other (--final-only leaves them out). Streamed
+audio is forgotten as it is heard; --mode offline holds a whole file, and --two-pass the encoder frames of an
+utterance.
 
 One pass runs in sherpa-onnx, as in a phone. --two-pass lets the LAS of the folder choose from the first
-pass's hypotheses when an utterance is over: of a file that streams too, after a pause.
+pass's hypotheses when an utterance is over.
 """
 
 import argparse
@@ -84,7 +85,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             if name == STDIN:
                 _transcribe_stdin(recogniser, printer)
             else:
-                _transcribe_file(recogniser, mode, name, printer, by_utterance=args.two_pass)
+                _transcribe_file(recogniser, mode, name, printer)
     except BrokenPipeError:
         # Who read the words has had enough (| head -1). Python would say so again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -233,8 +234,8 @@ class Printer:
         self._shown = ""
 
 
-def _transcribe_file(recogniser: Any, mode: str, name: str, printer: Printer, by_utterance: bool) -> None:
-    """One line for a file. by_utterance: a pause ends an utterance and lets go what was kept of it."""
+def _transcribe_file(recogniser: Any, mode: str, name: str, printer: Printer) -> None:
+    """One line for a file, of all utterances that pauses divide it into where it streams."""
     label = f"{name}: "
     if mode != "streaming":
         found = recogniser.decode(np.concatenate(list(_file_pieces(name))))
@@ -244,7 +245,7 @@ def _transcribe_file(recogniser: Any, mode: str, name: str, printer: Printer, by
     for piece in _file_pieces(name):
         stream.accept(piece)
         text = stream.text()
-        if by_utterance and stream.at_pause():
+        if stream.at_pause():
             said += [stream.final_text()] if text else []
             stream.restart()
             text = ""

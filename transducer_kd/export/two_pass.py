@@ -22,13 +22,7 @@ from transducer_kd.decode.greedy import GreedySearcher, Hypothesis
 from transducer_kd.decode.rescore import ScoredNbest, Weights
 from transducer_kd.export.folder import ModelFolder
 from transducer_kd.export.session import Encoded, FeatureStream, OnnxTransducer, features
-from transducer_kd.export.sherpa import (
-    LOOKAHEAD_FRAMES,
-    PIECE_SAMPLES,
-    SUBSAMPLING_FACTOR,
-    padded,
-    tail_samples,
-)
+from transducer_kd.export.sherpa import LOOKAHEAD_FRAMES, SUBSAMPLING_FACTOR, UtteranceStream, padded
 from transducer_kd.log import UserError
 
 ENCODER_FRAME_S = 0.04
@@ -121,46 +115,12 @@ class TwoPassRecogniser:
         return self._las.run(None, inputs)[0].tolist()
 
 
-class TwoPassStream:
-    """Audio that comes piece by piece, in the interface of SherpaStream."""
+class TwoPassStream(UtteranceStream):
+    """Both passes over audio that comes piece by piece, in the interface of SherpaStream."""
 
     def __init__(self, recogniser: TwoPassRecogniser):
         self._recogniser, self._model = recogniser, recogniser.model
-        self._features, self._state = FeatureStream(), self._model.streaming_init(1)
-        self._advance = SUBSAMPLING_FACTOR * self._model.chunk_size
-        self._num_samples, self._is_finished = 0, False
-        self._begin([])
-
-    def restart(self) -> None:
-        """Begin another utterance, here in the audio, of which nothing is lost: the last chunk may hold the
-        beginning of its first word, and belongs to it where no word has come out of it yet.
-        """
-        timestamps = self._greedy().timestamps
-        chunk_size = self._model.chunk_size
-        is_silent = not timestamps or timestamps[-1] < self._searcher.frames_seen - chunk_size
-        self._begin(self._encoded[-1:] if is_silent else [])
-
-    def _begin(self, encoded: List[Encoded]) -> None:
-        """Begin an utterance, of which these chunks are there."""
-        self._encoded = encoded
-        self._num_searched = 0  # of them
-        self._searcher = GreedySearcher(self._model, 1, torch.device("cpu"))
-
-    def accept(self, samples: np.ndarray) -> None:
-        """Hear the next samples (S,), any number of them, and encode the chunks that are complete."""
-        if self._is_finished:
-            raise ValueError("this stream is over; begin another one")
-        self._num_samples += len(samples)
-        self._hear(samples)
-
-    def finish(self) -> None:
-        """No more audio will come: encode what is left."""
-        if self._is_finished:
-            return
-        self._hear(np.zeros(tail_samples(self._num_samples, self._model.chunk_size), dtype=np.float32))
-        self._is_finished = True
-        self._features.finish()
-        self._encode()
+        super().__init__(self._model.chunk_size, recogniser.pause_s)
 
     def text(self) -> str:
         """The words so far, as the first pass has them."""
@@ -190,16 +150,25 @@ class TwoPassStream:
         self._num_searched = len(self._encoded)
         return self._searcher.results()[0]
 
-    def _hear(self, samples: np.ndarray) -> None:
-        for start in range(0, len(samples), PIECE_SAMPLES):
-            self._features.accept(samples[start : start + PIECE_SAMPLES])
-            self._encode()
+    def _open(self) -> None:
+        self._features, self._state = FeatureStream(), self._model.streaming_init(1)
+        self._encoded: List[Encoded] = []
+        self._num_searched = 0  # of them
+        self._searcher = GreedySearcher(self._model, 1, torch.device("cpu"))
 
-    def _encode(self) -> None:
-        while self._features.num_ready() >= self._advance + LOOKAHEAD_FRAMES:
-            x = self._features.take(self._advance + LOOKAHEAD_FRAMES, self._advance)
+    def _give(self, samples: np.ndarray) -> None:
+        self._features.accept(samples)
+
+    def _run(self) -> int:
+        before, advance = len(self._encoded), SUBSAMPLING_FACTOR * self._model.chunk_size
+        while self._features.num_ready() >= advance + LOOKAHEAD_FRAMES:
+            x = self._features.take(advance + LOOKAHEAD_FRAMES, advance)
             encoded, self._state = self._model.streaming_forward(x[None], self._state)
             self._encoded.append(encoded)
+        return len(self._encoded) - before
+
+    def _end(self) -> None:
+        self._features.finish()
 
 
 def _read_symbols(path: Path) -> List[str]:
