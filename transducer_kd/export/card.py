@@ -53,7 +53,10 @@ def _how_it_hears(info: Dict[str, Any]) -> str:
     if not info["chunk_size"]:
         return "It hears whole utterances."
     chunk_ms, past_ms = (_FRAME_MS * info[name] for name in ("chunk_size", "left_context"))
-    return f"It streams in chunks of {chunk_ms} ms and looks back {past_ms} ms before each."
+    return (
+        f"It streams in chunks of {chunk_ms} ms and looks back {past_ms} ms before each. It has learnt "
+        "single utterances: begin a new stream after a pause, since one that goes on loses the first words."
+    )
 
 
 def _size_rows(folder: ModelFolder) -> List[str]:

@@ -173,6 +173,6 @@ class TwoPassStream(UtteranceStream):
 
 def _read_symbols(path: Path) -> List[str]:
     """What each token id prints, from tokens.txt; nothing for the special symbols."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").strip("\n").split("\n")  # other line ends may be tokens
     pairs = sorted((int(number), symbol) for symbol, number in (line.rsplit(maxsplit=1) for line in lines))
     return ["" if symbol in _SILENT_TOKENS else symbol for _, symbol in pairs]
