@@ -113,7 +113,7 @@ def write_export(phase_folder, wers, sizes=(8.0, 2.0), modes=("streaming", "offl
         "tensors": [
             {"part": "las", "output": "score", "max_difference": 1e-6, "limit": 1e-4, "passed": True},
         ],
-        "odd": [{"mode": modes[0], "input": "silence", "words": words_of, "same": True}],
+        "odd": [{"mode": modes[0], "input": "silence", "words": words_of, "same": True, "passed": True}],
     }  # fmt: skip
     write_json(folder / "gate.json", gate)
     return folder

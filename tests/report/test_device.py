@@ -165,7 +165,10 @@ def test_a_gate_that_was_not_passed_says_why(root):
         words=lambda rows: [
             {**r, "passed": r["implementation"] != "int8" or r["test_set"] != "b"} for r in rows
         ],
-        odd=lambda rows: [*rows, {"mode": "streaming", "input": "clipped", "words": odd, "same": False}],
+        odd=lambda rows: [
+            *rows,
+            {"mode": "streaming", "input": "clipped", "words": odd, "same": False, "passed": False},
+        ],
     )
     report = collect.collect(root)
     assert [row[-1] for row in device.device_rows(report)[1:]] == ["passed"] * 2 + ["not passed"] * 2

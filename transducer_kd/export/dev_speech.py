@@ -29,7 +29,7 @@ from transducer_kd.log import progress
 
 _DISTURBANCE = 0.4  # of log-mel energies, standard deviation: 2 dB
 _DRAWS = 3
-_MOST_TRIED = 40
+MOST_TRIED = 40
 
 
 def steady_recordings(
@@ -42,7 +42,7 @@ def steady_recordings(
     differently 16 were such, of 216 others 46. Recordings are tried from all over the part until enough
     have no such piece, or else those with the fewest are taken. int8 has no say in it.
     """
-    some = [recordings[i * len(recordings) // _MOST_TRIED] for i in range(_MOST_TRIED)]
+    some = [recordings[i * len(recordings) // MOST_TRIED] for i in range(MOST_TRIED)]
     some = list({one.name: one for one in some}.values())
     # Of a phase that only streams both modes are one model.
     modes = {id(models.models[mode]): mode for mode in folder.modes}.values()

@@ -259,7 +259,7 @@ def _failures(gate: Dict[str, Any]) -> Iterator[str]:
             who = [_SHORT.get(row["implementation"], row["implementation"]), row["mode"], row["test_set"]]
             who += [_PASSES[True]] if row["two_pass"] else []
             yield f"{', '.join(who)}: WER {_difference(row)}, identical {_identical(row)} %"
-    differing = sum(not odd["same"] for odd in gate["odd"])
+    differing = sum(not odd["passed"] for odd in gate["odd"])
     if differing:
         yield f"odd inputs with different words: {differing}"
 

@@ -39,7 +39,7 @@ _TENSORS = {
     "starts_at": Maybe(str),
     "passed": bool,
 }
-_ODD = {"mode": str, "input": str, "words": {str: Maybe(str)}, "same": bool}
+_ODD = {"mode": str, "input": str, "words": {str: Maybe(str)}, "same": bool, "passed": bool}
 _GATE = {
     **_ORIGIN,
     "passed": bool,
