@@ -9,9 +9,10 @@ model.safetensors, a model card and model.json. What becomes int8, and how the s
 the beam search, is chosen on the dev part.
 
 Then the gate: PyTorch on whole utterances and chunk by chunk, sherpa-onnx with the float files and with the
-int8 files have to agree, tensor by tensor, on every utterance of the test parts and on odd inputs made of
-dev recordings. What was found is printed and kept in gate.json. The exit status is 1 unless the gate is
-passed; the folder stays in any case.
+int8 files have to agree: tensor by tensor, on the utterances of the test parts (float: on 99.5 % of them;
+int8: a WER at most 0.3 worse), and on odd inputs, those made of dev recordings and those made of the first
+test part, of which int8 may understand one in ten differently. What was found is printed and kept in
+gate.json. The exit status is 1 unless the gate is passed; the folder stays in any case.
 
 A model of two modes gets its own of each; one that only streams hears whole utterances with its chunks.
 """
