@@ -149,9 +149,12 @@ def _search(candidates: _Candidates, modules: List[str]) -> Treatment:
         order = sorted(modules, key=lambda m: alone[m])
         # An int8 file that is float for the most part is none.
         for module in order if level != "float" else order[: len(order) // _FLOAT_SHARE]:
-            treatment = treatment.relaxed(module, level)
-            found = candidates.badness(treatment)
-            logging.info("int8: %s with %s as well: %s", module, level, _told(candidates.loss(treatment)))
+            relaxed = treatment.relaxed(module, level)
+            found = candidates.badness(relaxed)
+            logging.info("int8: %s with %s as well: %s", module, level, _told(candidates.loss(relaxed)))
+            if found > least:  # two roundings had made up for each other
+                continue
+            treatment = relaxed
             if found < least:
                 best, least = treatment, found
             if least == _NOTHING:
