@@ -30,7 +30,7 @@ from transducer_kd.arguments import check_epoch, number, split_list  # noqa: E40
 from transducer_kd.log import UserError, run_main, setup_logging, write_json  # noqa: E402
 
 RESCORE = "modified_beam_search_las_rescore"  # what a device can do: there is no k2
-ODD_RECORDINGS = 4  # of the dev part, and of the first test part
+ODD_INPUTS = 4  # of each kind, from the dev part and from the first test part
 MAX_DURATION_S = 200.0  # audio in a batch that the second pass is tuned on
 
 
@@ -78,8 +78,7 @@ def main() -> int:
     from transducer_kd.data.features import FeatureExtractor
     from transducer_kd.export import implementations, parity
     from transducer_kd.export.card import write_card
-    from transducer_kd.export.dev_speech import MOST_TRIED, DevSpeech, steady_recordings
-    from transducer_kd.export.odd_inputs import of_recordings
+    from transducer_kd.export.dev_speech import MOST_TRIED, DevSpeech, steady_inputs
     from transducer_kd.export.quantise import quantise
     from transducer_kd.export.tensors import check_tensors
     from transducer_kd.export.write import check_target, write_folder
@@ -123,17 +122,13 @@ def main() -> int:
         FeatureExtractor("lhotse").extract,
         lambda tokens: loaded.tokenizer.decode(tokens).split(),
     )
-
-    def odd_inputs_of(recordings: Any) -> Dict[str, Any]:
-        return of_recordings({one.name: one.samples for one in recordings}, folder.info["chunk_size"])
-
-    odd = odd_inputs_of(steady_recordings(folder, models, dev, ODD_RECORDINGS))
+    odd = steady_inputs(folder, models, dev, ODD_INPUTS)
     folder = quantise(folder, parts, DevSpeech(folder, models, dev, odd).loss)
     gate = None
     if not args.skip_gate:
         tensors = check_tensors(folder, parts, main_mode.model)
         heard = recordings_of(config, args.parts[0], MOST_TRIED)()
-        unseen = odd_inputs_of(steady_recordings(folder, models, list(heard), ODD_RECORDINGS))
+        unseen = steady_inputs(folder, models, list(heard), ODD_INPUTS)
         gate = parity.check(implementations.comparisons(folder, models), tensors, speech, odd, unseen, run)
         write_json(args.output_dir / "gate.json", gate)
         print(parity.table(gate))

@@ -96,10 +96,12 @@ def test_odd_inputs_are_understood_alike(
 ):
     models = torch_models({"streaming": streaming_model, "offline": streaming_model})
     folder = with_int8(streaming_folder)
-    odd = odd_inputs.of_recordings(
-        {one.name: one.samples for one in recordings[2:]}, folder.info["chunk_size"]
-    )
-    assert len(odd) == 2 * 11 + 2
+    odd = {
+        f"{kind}, {one.name}": samples
+        for one in recordings[2:]
+        for kind, samples in odd_inputs.odd_inputs(one.samples, folder.info["chunk_size"]).items()
+    }
+    assert len(odd) == 2 * 13
     rows = [row for one in comparisons(folder, models) for row in parity.check_odd(one, odd)]
     assert len(rows) == 2 * len(odd) and all(row["same"] for row in rows)
     assert len(rows[0]["words"]) == 4 and len({row["words"]["onnx"] for row in rows}) > 4
@@ -129,36 +131,50 @@ class TestDevSpeech:
         assert (alone.wer_difference, alone.different) == (0.0, ("offline, noise",))
 
 
-class TestSteadyRecordings:
+class TestSteadyInputs:
     """Odd inputs are made of what PyTorch is sure of."""
 
-    def chosen(self, monkeypatch, folder, streaming_model, torch_models, hesitations, num):
-        """Names of the `num` that are taken of cut-0, cut-1, ... with so many hesitations each."""
-        speech = [
-            Recording(f"cut-{i}", np.full(4800, i, dtype=np.float32), []) for i in range(len(hesitations))
-        ]
-        monkeypatch.setattr(
-            dev_speech, "_hesitations", lambda folder, models, mode, inputs: hesitations[int(inputs[-1][0])]
-        )
+    def chosen(self, monkeypatch, folder, streaming_model, torch_models, hesitates, num):
+        """Which inputs are taken of cut-0, cut-1, ...: kind -> numbers. hesitates: (cut, number of the input
+        among those that are still wanted) -> whether PyTorch does.
+        """
+        speech = [Recording(f"cut-{i}", np.full(4800, i, dtype=np.float32), []) for i in range(5)]
+
+        def hesitations(folder, models, mode, inputs):
+            cut = int(inputs[0][0])
+            return {i for i in range(len(inputs)) if hesitates(cut, i)}
+
+        monkeypatch.setattr(dev_speech, "_hesitations", hesitations)
         models = torch_models({"streaming": streaming_model, "offline": streaming_model})
-        found = dev_speech.steady_recordings(open_folder(folder), models, speech, num)
-        return [one.name for one in found]
+        found = {}
+        for name in dev_speech.steady_inputs(open_folder(folder), models, speech, num):
+            kind, _, cut = name.partition(", cut-")
+            found.setdefault(kind, []).append(int(cut or -1))
+        return found
 
-    def test_the_first_without_hesitation(self, monkeypatch, streaming_folder, streaming_model, torch_models):
+    def test_the_first_steady_ones_of_each_kind(
+        self, monkeypatch, streaming_folder, streaming_model, torch_models
+    ):
         given = (monkeypatch, streaming_folder, streaming_model, torch_models)
-        assert self.chosen(*given, [1, 0, 2, 0, 0], 2) == ["cut-1", "cut-3"]
+        found = self.chosen(*given, lambda cut, i: cut == 0 and i == 0, 2)
+        assert found["one frame"] == [1, 2]
+        assert found["clipped"] == found["half a chunk"] == [0, 1]
+        assert found["silence"] == found["quiet noise"] == [-1]
+        assert len(found) == 13
 
-    def test_or_those_with_the_fewest(self, monkeypatch, streaming_folder, streaming_model, torch_models):
+    def test_one_of_each_kind_where_none_is_steady(
+        self, monkeypatch, streaming_folder, streaming_model, torch_models
+    ):
         given = (monkeypatch, streaming_folder, streaming_model, torch_models)
-        assert self.chosen(*given, [3, 1, 0, 2, 1], 4) == ["cut-2", "cut-1", "cut-4", "cut-3"]
-        assert self.chosen(*given, [3], 4) == ["cut-0"]
+        found = self.chosen(*given, lambda cut, i: True, 4)
+        assert found["one frame"] == found["clipped"] == [0] and found["silence"] == [-1]
 
     def test_hesitation_is_other_words_for_disturbed_features(
         self, monkeypatch, streaming_folder, streaming_model, torch_models, recordings
     ):
         models = torch_models({"streaming": streaming_model, "offline": streaming_model})
         given = (open_folder(streaming_folder), models, "streaming", [one.samples for one in recordings])
-        for disturbance, expected in ((0.0, 0), (10.0, len(recordings))):
+        for disturbance, expected in ((0.0, set()), (10.0, set(range(len(recordings))))):
             monkeypatch.setattr(dev_speech, "_DISTURBANCE", disturbance)
             assert dev_speech._hesitations(*given) == expected
 

@@ -7,7 +7,7 @@ S samples, T feature frames, C mel bins.
 import dataclasses
 import logging
 from dataclasses import dataclass
-from typing import Callable, Dict, List, Mapping, Sequence, Tuple
+from typing import Callable, Dict, List, Mapping, Sequence, Set, Tuple
 
 import numpy as np
 
@@ -28,50 +28,65 @@ from transducer_kd.export.quantise import MOST_WORSE
 from transducer_kd.log import progress
 
 _DISTURBANCE = 0.4  # of log-mel energies, standard deviation: 2 dB
-_DRAWS = 3
+_DRAWS = 5
 MOST_TRIED = 40
 
 
-def steady_recordings(
+def steady_inputs(
     folder: ModelFolder, models: TorchModels, recordings: Sequence[Recording], num: int
-) -> List[Recording]:
-    """`num` of the recordings to make odd inputs of: those on which PyTorch does not hesitate.
+) -> Dict[str, np.ndarray]:
+    """Odd inputs, `num` of each kind, of speech on which PyTorch does not hesitate: "clipped, cut-7" -> (S,).
 
     Odd inputs are there to show lost frames and wrong scales. A piece of speech whose words change when the
     features are off by 2 dB would only show that int8 rounds: of 17 pieces that int8 files understood
-    differently 16 were such, of 216 others 46. Recordings are tried from all over the part until enough
-    have no such piece, or else those with the fewest are taken. int8 has no say in it.
+    differently 16 were such, of 216 others 46. For each kind recordings are tried from all over the part
+    until enough give no such piece; where too few do there are fewer inputs of that kind, but one of each.
+    int8 has no say in it.
     """
     some = [recordings[i * len(recordings) // MOST_TRIED] for i in range(MOST_TRIED)]
     some = list({one.name: one for one in some}.values())
     # Of a phase that only streams both modes are one model.
     modes = {id(models.models[mode]): mode for mode in folder.modes}.values()
-    steady: List[Recording] = []
-    others: List[Tuple[int, int]] = []
-    for number, one in enumerate(progress(some, desc="speech for odd inputs")):
+    chosen: Dict[str, List[Tuple[str, np.ndarray]]] = {}
+    unsteady: Dict[str, Tuple[str, np.ndarray]] = {}
+    for one in progress(some, total=len(some), desc="speech for odd inputs"):
         odd = odd_inputs(one.samples, folder.info["chunk_size"])
-        inputs = [samples for name, samples in odd.items() if name not in WITHOUT_SPEECH]
-        hesitations = sum(_hesitations(folder, models, mode, inputs) for mode in modes)
-        if not hesitations:
-            steady.append(one)
-        else:
-            others.append((hesitations, number))
-        if len(steady) == num:
+        wanted = [kind for kind in odd if len(chosen.setdefault(kind, [])) < _num_of(kind, num)]
+        if not wanted:
             break
-    found = [*steady, *(some[number] for _, number in sorted(others))][:num]
-    logging.info("odd inputs are made of %s", ", ".join(one.name for one in found))
-    return found
+        inputs = [odd[kind] for kind in wanted]
+        hesitates = set().union(*(_hesitations(folder, models, mode, inputs) for mode in modes))
+        for i, kind in enumerate(wanted):
+            if i in hesitates:
+                unsteady.setdefault(kind, (one.name, odd[kind]))
+            else:
+                chosen[kind].append((one.name, odd[kind]))
+    for kind, pieces in chosen.items():
+        if len(pieces) < _num_of(kind, num):
+            logging.info("odd inputs: %d of %s are steady, of %d recordings", len(pieces), kind, len(some))
+    return {
+        kind if kind in WITHOUT_SPEECH else f"{kind}, {name}": samples
+        for kind, pieces in chosen.items()
+        for name, samples in pieces or [unsteady[kind]]
+    }
 
 
-def _hesitations(folder: ModelFolder, models: TorchModels, mode: str, inputs: Sequence[np.ndarray]) -> int:
-    """Of how many inputs the words change with disturbed features."""
+def _num_of(kind: str, num: int) -> int:
+    """What has no speech is the same of every recording."""
+    return 1 if kind in WITHOUT_SPEECH else num
+
+
+def _hesitations(
+    folder: ModelFolder, models: TorchModels, mode: str, inputs: Sequence[np.ndarray]
+) -> Set[int]:
+    """Those of the inputs, by number, whose words change with disturbed features."""
     expected = whole(folder, models, mode)(inputs)
-    changed = set()
+    changed: Set[int] = set()
     for draw in range(_DRAWS):
         disturbed = dataclasses.replace(models, extract=_disturbed(models.extract, draw))
         found = whole(folder, disturbed, mode)(inputs)
         changed |= {i for i, words in enumerate(found) if words != expected[i]}
-    return len(changed)
+    return changed
 
 
 def _disturbed(extract: Callable[[np.ndarray], np.ndarray], seed: int) -> Callable[[np.ndarray], np.ndarray]:

@@ -3,7 +3,7 @@
 S samples in [-1, 1] at 16 kHz.
 """
 
-from typing import Dict, Mapping
+from typing import Dict
 
 import numpy as np
 
@@ -48,12 +48,3 @@ def odd_inputs(speech: np.ndarray, chunk_size: int) -> Dict[str, np.ndarray]:
         "silence before and after": np.concatenate([silence, speech, silence]),
         **{f"cut at {s:g} s": speech[: round(s * SAMPLING_RATE)] for s in _CUT_S},
     }
-
-
-def of_recordings(recordings: Mapping[str, np.ndarray], chunk_size: int) -> Dict[str, np.ndarray]:
-    """The odd inputs of several recordings, by their names: "clipped, cut-7"; those without speech once."""
-    found: Dict[str, np.ndarray] = {}
-    for recording, speech in recordings.items():
-        for name, samples in odd_inputs(speech, chunk_size).items():
-            found[name if name in WITHOUT_SPEECH else f"{name}, {recording}"] = samples
-    return found
