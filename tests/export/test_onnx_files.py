@@ -60,6 +60,24 @@ def test_a_file_holds_the_weights_once_and_no_table(las_model, tmp_path):
         assert written(part, tmp_path).stat().st_size < weights + 120_000, part.name
 
 
+def test_equal_constants_are_in_a_file_once(streaming_model, tmp_path):
+    model = onnx.load(str(written(parts(streaming_model)["encoder-streaming"], tmp_path)))
+    constants = [node.attribute[0].t for node in model.graph.node if node.op_type == "Constant"]
+    large = [value.SerializeToString() for value in constants if value.ByteSize() >= 64]
+    assert large and len(large) == len(set(large))
+    assert not model.graph.value_info
+
+
+def test_short_names_change_no_value(las_model, tmp_path):
+    for part in parts(las_model).values():
+        path = written(part, tmp_path)
+        model = onnx.load(str(path))
+        onnx_files.shorten_names(model)
+        onnx_files.save(model, tmp_path / "short.onnx")
+        assert (tmp_path / "short.onnx").stat().st_size < path.stat().st_size
+        assert all(d.max_difference < 1e-5 for d in compare(part, tmp_path / "short.onnx"))
+
+
 def test_a_wrong_layer_is_named(streaming_model, tmp_path):
     for name in ("encoder-streaming", "encoder-offline"):
         part = parts(streaming_model)[name]

@@ -24,6 +24,7 @@ from transducer_kd.log import UserError, atomic_write
 from transducer_kd.models.subsampling import LOOKAHEAD_FRAMES, SUBSAMPLING_FACTOR
 from transducer_kd.models.transducer import Transducer
 
+_LEAST_SHARED = 64  # bytes of a constant that is worth sharing
 OPSET = 17  # the first with LayerNormalization, the last that torch 1.13 writes
 
 
@@ -191,6 +192,7 @@ def write_part(part: Part, path: Path) -> None:
     model = onnx.load_from_string(buffer.getvalue())
     if is_traced_fixed:
         _set_free(model, part.dynamic)
+    _share_constants(model)
     add_metadata(model, part.metadata)
     save(model, path)
 
@@ -203,9 +205,44 @@ def _set_free(model: onnx.ModelProto, dynamic: Dict[str, Dict[int, str]]) -> Non
     del model.graph.value_info[:]
 
 
+def _share_constants(model: onnx.ModelProto) -> None:
+    """Equal constants become one: the trace has the rotary table anew for every layer."""
+    first: Dict[bytes, str] = {}
+    renamed: Dict[str, str] = {}
+    nodes: List[onnx.NodeProto] = []
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = renamed.get(name, name)
+        value = (
+            node.attribute[0].t if node.op_type == "Constant" and node.attribute[0].HasField("t") else None
+        )
+        if value is None or value.ByteSize() < _LEAST_SHARED:
+            nodes.append(node)
+            continue
+        known = first.setdefault(value.SerializeToString(), node.output[0])
+        renamed[node.output[0]] = known
+        if known == node.output[0]:
+            nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def shorten_names(model: onnx.ModelProto) -> None:
+    """Values between two nodes get short names, nodes none: in a small model names weigh more than biases."""
+    fixed = {value.name for value in (*model.graph.input, *model.graph.output, *model.graph.initializer)}
+    short: Dict[str, str] = {"": ""}
+    for number, name in enumerate(name for node in model.graph.node for name in node.output):
+        short[name] = name if name in fixed else short.get(name, f"v{number}")
+    for node in model.graph.node:
+        node.name = ""
+        for names in (node.input, node.output):
+            names[:] = [short.get(name, name) for name in names]
+
+
 def save(model: onnx.ModelProto, path: Path) -> None:
-    """Check a model and write it, atomically."""
+    """Check a model and write it, atomically, without the sizes that whoever opens it infers."""
     onnx.checker.check_model(model)
+    del model.graph.value_info[:]
     with atomic_write(path, "wb") as f:
         f.write(model.SerializeToString())
 

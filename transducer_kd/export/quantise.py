@@ -25,8 +25,8 @@ from onnx import helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from transducer_kd.export.folder import SCRATCH, ModelFolder, describe, file_name
-from transducer_kd.export.onnx_files import Part, save
-from transducer_kd.log import atomic_write, progress
+from transducer_kd.export.onnx_files import Part, save, shorten_names
+from transducer_kd.log import progress
 
 # How a module's matrix products are computed, exact last.
 LEVELS = ("dynamic", "weights", "float")
@@ -73,8 +73,9 @@ def quantise(
         treatment = _search(candidates, sorted(set(itertools.chain(*map(modules_of, models.values())))))
         found, loss = candidates.make(treatment), candidates.loss(treatment)
         for name in names:
-            with atomic_write(folder.path / file_name(name, "int8"), "wb") as f:
-                f.write(found.file(name, "int8").read_bytes())
+            final = onnx.load(str(found.file(name, "int8")))
+            shorten_names(final)
+            save(final, folder.path / file_name(name, "int8"))
     about = {key: value for key, value in folder.info.items() if key not in ("format", "files")}
     about["int8"] = {
         "relaxed": treatment.rows(),
