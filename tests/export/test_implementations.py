@@ -169,12 +169,12 @@ class TestSteadyInputs:
         found = self.chosen(*given, lambda cut, i: True, 4)
         assert found["one frame"] == found["clipped"] == [0] and found["silence"] == [-1]
 
-    def test_hesitation_is_other_words_for_disturbed_features(
+    def test_hesitation_is_other_words_for_a_disturbed_encoder(
         self, monkeypatch, streaming_folder, streaming_model, torch_models, recordings
     ):
         models = torch_models({"streaming": streaming_model, "offline": streaming_model})
         given = (open_folder(streaming_folder), models, "streaming", [one.samples for one in recordings])
-        for disturbance, expected in ((0.0, set()), (10.0, set(range(len(recordings))))):
+        for disturbance, expected in ((0.0, set()), (30.0, set(range(len(recordings))))):
             monkeypatch.setattr(dev_speech, "_DISTURBANCE", disturbance)
             assert dev_speech._hesitations(*given) == expected
 
