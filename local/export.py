@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
         default=250,
         help="so many of its utterances try int8 (default %(default)s)",
     )
-    add("--beam-size", type=number(1), default=16, help="of two passes: hypotheses kept (default %(default)s)")
+    add("--beam-size", type=number(1), default=16, help="hypotheses of two passes (default %(default)s)")
     add("--skip-gate", action="store_true", help="only write the folder")
     add("--fbank-dir", default="", help="folder with cuts_<part>.jsonl.gz (default: as in training)")
     add("--lang-dir", default="", help="folder with bpe.model (default: as in training)")
