@@ -1,17 +1,17 @@
 """PyTorch and the runtimes side by side on tiny exported models."""
 
 import copy
-import shutil
 
 import numpy as np
 import pytest
 import torch
 
+from tests.export import folders
 from transducer_kd.data.features import FeatureExtractor
 from transducer_kd.data.tokenizer import Tokenizer
 from transducer_kd.export import dev_speech, odd_inputs, parity
 from transducer_kd.export.dev_speech import DevSpeech
-from transducer_kd.export.folder import describe, file_name, open_folder
+from transducer_kd.export.folder import file_name, open_folder
 from transducer_kd.export.implementations import TorchModels, comparisons
 from transducer_kd.export.onnx_files import parts_of, write_part
 from transducer_kd.export.parity import Recording
@@ -25,17 +25,12 @@ def with_int8(tmp_path):
     """Function: a copy of an exported folder whose int8 files are of another model, or its own float ones."""
 
     def copied(path, other=None):
-        target = tmp_path / "copy"
-        shutil.copytree(path, target)
-        info = open_folder(target).info
-        names = list(info["files"])
-        for name in [name for name in names if name.endswith(".onnx") and ".int8." not in name]:
-            int8 = file_name(name[: -len(".onnx")], "int8")
-            shutil.copy(target / name, target / int8)
-            names.append(int8)
-        for part in parts_of(other, other) if other is not None else []:
-            write_part(part, target / file_name(part.name, "int8"))
-        return describe(target, {k: v for k, v in info.items() if k != "files"}, sorted(set(names)))
+        folder = folders.with_int8(path, tmp_path / "copy")
+        if other is None:
+            return folder
+        for part in parts_of(other, other):
+            write_part(part, folder.path / file_name(part.name, "int8"))
+        return folders.described_anew(folder.path)
 
     return copied
 

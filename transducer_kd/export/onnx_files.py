@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import math
 import warnings
 from dataclasses import dataclass
@@ -308,13 +307,9 @@ def _quiet() -> Iterator[None]:
     """Without the tracer's warnings: sizes that become constants are those meant to, and compare() would
     show it.
     """
-    before = logging.getLogger().level
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logging.getLogger().setLevel(before)
+        yield
 
 
 def _random(*shape: int) -> Tensor:
