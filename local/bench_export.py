@@ -12,14 +12,17 @@ for every model. Latency of a chunk: processor time from the arrival of its last
 is that of a process of its own, which streams five minutes; it and the latency, in the first and in the last
 of these minutes, show whether they grow.
 
-Writes bench.json into each folder, and prints a table.
+Models of other recipes may stand --beside them in the same run; they are named RECIPE/PHASE.
+
+Writes bench.json into each folder of --export-dir and what the others had into --beside-json; prints a table.
 """
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, Iterable, List, Tuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -33,6 +36,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--export-dir", type=Path, nargs="+", required=True, help="model folders, the reference first")
+    add("--beside", type=Path, nargs="+", default=[], metavar="DIR", help="model folders of other recipes")
+    add("--beside-json", type=Path, metavar="FILE", help="what is measured of these")
     add("--test-parts", action="append", metavar="PART[,PART...]", help="default: test-clean,test-other")
     add("--fbank-dir", type=Path, help="folder with cuts_<part>.jsonl.gz (default: as the first was trained)")
     add("--audio-s", type=number(1), default=60, help="audio of a turn (default %(default)s)")
@@ -45,6 +50,8 @@ def parse_arguments() -> argparse.Namespace:
     args.parts = split_list(args.test_parts or ["test-clean,test-other"])
     if not args.parts:
         parser.error("--test-parts names nothing")
+    if bool(args.beside) != bool(args.beside_json):
+        parser.error("--beside and --beside-json go together")
     return args
 
 
@@ -56,15 +63,11 @@ def main() -> int:
     from transducer_kd.export.folder import open_folder
     from transducer_kd.train.experiment import git_commit
 
-    folders: Dict[str, Any] = {}
-    for path in args.export_dir:
-        name = phase_of(path)
-        if name in folders:
-            raise UserError(f"{folders[name].path} and {path} are both of a phase {name}; name one of them")
-        folders[name] = open_folder(path)
+    own = by_name((phase_of(path), open_folder(path)) for path in args.export_dir)
+    others = by_name((recipe_and_phase(folder), folder) for folder in map(open_folder, args.beside))
     samples = speech(args.fbank_dir or trained_on(args.export_dir[0]), args.parts, args.stream_s)
     amounts = bench.Amounts(args.audio_s, args.turns, args.stream_s, args.streams)
-    rows = bench.measure(folders, samples, amounts)
+    rows = bench.measure({**own, **others}, samples, amounts)
     about = {
         "reference": f"{rows[0].phase} {rows[0].precision}",
         "num_threads": 1,
@@ -75,11 +78,39 @@ def main() -> int:
         "commit": git_commit(),
         "command": shlex.join(sys.argv),
     }
-    for name, folder in folders.items():
-        own = {"checkpoint": folder.info["checkpoint"], "rows": bench.as_json(rows, name)}
-        write_json(folder.path / "bench.json", {**about, **own})
+
+    def measured(name: str, folder: Any) -> Dict[str, Any]:
+        return {"checkpoint": folder.info["checkpoint"], "rows": bench.as_json(rows, name)}
+
+    for name, folder in own.items():
+        write_json(folder.path / "bench.json", {**about, **measured(name, folder)})
+    if others:
+        # From where the file is, so that both may be moved together.
+        base = args.beside_json.resolve().parent
+        models = [
+            {"name": name, "folder": os.path.relpath(folder.path.resolve(), base), **measured(name, folder)}
+            for name, folder in others.items()
+        ]
+        write_json(args.beside_json, {**about, "models": models})
     print(bench.table(rows))
     return 0
+
+
+def by_name(named: Iterable[Tuple[str, Any]]) -> Dict[str, Any]:
+    """{name: model folder}; UserError where two have one name."""
+    folders: Dict[str, Any] = {}
+    for name, folder in named:
+        if name in folders:
+            raise UserError(
+                f"{folders[name].path} and {folder.path} are both of a phase {name}; name one of them"
+            )
+        folders[name] = folder
+    return folders
+
+
+def recipe_and_phase(folder: Any) -> str:
+    """As the model folder itself says, because other recipes have phases of the same names."""
+    return f"{folder.info['recipe']}/{folder.info['phase']}"
 
 
 def phase_of(export_dir: Path) -> str:

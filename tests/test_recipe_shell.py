@@ -331,6 +331,27 @@ class TestExport:
         output = shell(self.BODY + "export_stage", options="--stage 7")
         assert [line.split()[0] for line in self.told(output)] == again
 
+    ELSEWHERE = """
+      other=egs/librispeech/other/exp/synthetic-smoke
+      for phase in good another-corpus newer; do
+        mkdir -p $other/$phase/export; echo 1 >$other/$phase/export/model.json
+        echo "ended 5" >$other/$phase/.done
+        printf '%s\n' "$(data_fingerprint)" more "ended 5" "ended 6" >$other/$phase/.done-export
+      done
+      mkdir -p $other/not-exported
+      sed -i 's/^corpus=.*/corpus=else/' $other/another-corpus/.done-export
+      echo "ended 7" >$other/newer/.done
+    """
+
+    def test_exports_of_other_recipes_are_measured_beside_them(self, shell):
+        again = "export_stage; echo AGAIN; export_stage; echo 2 >$other/good/export/model.json; export_stage"
+        output = shell(self.BODY + self.ELSEWHERE + again, options="--stage 0 --stop-stage 7")
+        own, other = (f"egs/librispeech/{recipe}/exp/synthetic-smoke" for recipe in ("mine", "other"))
+        beside = f"--beside {other}/good/export --beside-json {own}/beside.json "
+        told = [line for line in self.told(output) if "bench" in line]
+        assert len(told) == 2 and all(beside in line and "newer" not in line for line in told)
+        assert "Stage 7: bench: its options changed" in output, "the other recipe has another model now"
+
     def test_an_export_that_leaves_no_model_is_the_error(self, shell):
         output = shell(
             self.BODY + "exported=student crashes=student; export_stage",

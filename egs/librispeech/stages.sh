@@ -248,7 +248,7 @@ decode_phase() {
 # makes the report again. One whose gate is not passed fails the stage, but only when all else is done.
 export_stage() {
   is_asked 7 || return 0
-  local phase failed="" folders=() made_from=""
+  local phase folder failed="" folders=() others=() made_from=""
   for phase in $exported; do
     [[ " $phases " == *" $phase "* ]] || continue
     if ! is_current "$phase"; then
@@ -268,6 +268,8 @@ export_stage() {
     made_from+="$phase $(cksum <"$exp_root/$phase/export/model.json")"$'\n'
   done
   if [ "${#folders[@]}" -gt 0 ]; then
+    others=($(exported_elsewhere))
+    for folder in ${others[@]+"${others[@]}"}; do made_from+="$folder $(cksum <"$folder/model.json")"$'\n'; done
     run_stage 7 "bench" "$exp_root/.done-bench" "$(echo "$made_from")" bench_exported "${folders[@]}"
     run_stage 7 "report" "" "" stage_report
   elif [ -z "$failed" ]; then
@@ -286,10 +288,26 @@ export_phase() {
   test=$(parts_of test) dev=$(tune_part)
   run python local/export.py --exp-dir "$exp_root/$1" --use-averaged-model --test-parts "${test// /,}" --dev-part "$dev"
 }
-# What a smoke run measures is no result: a few turns do.
+# The model folders of other recipes, of this corpus and scale, that passed their gates and were not trained anew since:
+# they are measured in the same run.
+exported_elsewhere() {
+  local made_with phase mark
+  made_with=$(data_fingerprint)
+  for phase in "${egs_dir#"$root"/}"/*/exp/"$corpus_name-$scale"/*/; do
+    phase=${phase%/}
+    [ -e "$phase/.done-export" ] && [ -e "$phase/export/model.json" ] && [[ $phase != "$exp_root/"* ]] || continue
+    mark=$(cat "$phase/.done-export")
+    [[ $mark == "$made_with"$'\n'* && $mark == *$'\n'"$(sed -n '$p' "$phase/.done")"$'\n'* ]] || continue
+    echo "$phase/export"
+  done
+}
+# Measures the model folders $@ and, beside them, the `others` of export_stage. What a smoke run measures is no result: a
+# few turns do.
 bench_exported() {
   local test args=()
   test=$(parts_of test)
+  rm -f "$exp_root/beside.json"
+  [ "${#others[@]}" = 0 ] || args+=(--beside "${others[@]}" --beside-json "$exp_root/beside.json")
   [ "$scale" != smoke ] || args+=(--turns 2 --audio-s 5 --stream-s 120 --streams 1)
   run python local/bench_export.py --export-dir "$@" --test-parts "${test// /,}" ${args[@]+"${args[@]}"}
 }

@@ -13,7 +13,7 @@ from lhotse import CutSet, MonoCut, Recording
 from tests.data.test_features import speechlike
 from tests.export.folders import with_int8
 from transducer_kd.log import UserError
-from transducer_kd.report.exports import read_export
+from transducer_kd.report.exports import read_beside, read_export
 
 PROGRAM = Path(__file__).resolve().parents[2] / "local" / "bench_export.py"
 
@@ -98,6 +98,25 @@ def test_the_report_reads_it(run, exp):
     assert [row["precision"] for row in export["bench"]["rows"]] == ["float", "int8"]
 
 
+def test_other_recipes_are_measured_beside_them(run, exp):
+    other = exp / "elsewhere" / "export"
+    other.parent.mkdir()
+    (exp / "student" / "export").rename(other)
+    found = exp / "beside.json"
+    assert run("teacher", options=["--beside", str(other), "--beside-json", str(found)]) == 0
+    own = json.loads((exp / "teacher/export/bench.json").read_text())
+    assert [row["phase"] for row in own["rows"]] == ["teacher"] and not (other / "bench.json").exists()
+    beside = json.loads(found.read_text())
+    (model,) = beside["models"]
+    info = json.loads((other / "model.json").read_text())
+    assert model["name"] == f"{info['recipe']}/{info['phase']}" and model["folder"] == "elsewhere/export"
+    assert [row["precision"] for row in model["rows"]] == ["float", "int8"]
+    assert model["rows"][0]["times_smaller"] == own["rows"][0]["bytes"] / model["rows"][0]["bytes"]
+    assert beside["command"] == own["command"] and beside["reference"] == "teacher float"
+    measured, gaps = read_beside(exp)
+    assert gaps == [] and measured[model["name"]]["bench"]["rows"] == model["rows"]
+
+
 def test_copied_folders_have_their_own_names(run, exp):
     shutil.copytree(exp / "teacher" / "export", exp / "copies" / "one")
     shutil.copytree(exp / "teacher" / "export", exp / "copies" / "another")
@@ -120,6 +139,7 @@ def test_copied_folders_have_their_own_names(run, exp):
         (["teacher", "teacher"], [], "both of a phase teacher"),
         (["teacher"], ["--test-parts", "x"], "cuts_x.*parts there: test-clean, test-other"),
         (["student"], [], "student/config.json does not exist.*--fbank-dir"),
+        (["teacher"], ["--beside", "gone", "--beside-json", "x"], "there is no model folder gone"),
     ],
 )
 def test_what_cannot_work_is_one_clear_error(run, exp, phases, options, message):
@@ -128,7 +148,9 @@ def test_what_cannot_work_is_one_clear_error(run, exp, phases, options, message)
     assert not list(exp.glob("*/export/bench.json"))
 
 
-@pytest.mark.parametrize("options", [["--turns", "0"], ["--stream-s", "60"], ["--test-parts", ","]])
+@pytest.mark.parametrize(
+    "options", [["--turns", "0"], ["--stream-s", "60"], ["--test-parts", ","], ["--beside", "x"]]
+)
 def test_options_that_make_no_sense_end_the_program(run, options):
     with pytest.raises(SystemExit):
         run("student", options=options)

@@ -319,6 +319,66 @@ def test_a_benchmark_of_another_export_is_left_out(root, changes):
     assert {row[0] for row in device.speed_rows(report)[1:]} == {"teacher"}
 
 
+# Models of other recipes
+
+
+@pytest.fixture
+def beside(root):
+    """dual_mode's sparse student, measured in the run of `root`; returns its model folder."""
+    exp = root.parents[2] / "dual_mode" / "exp" / "synthetic-mini"
+    export = write_export(write_phase(exp, "extracted", []), {"a": 4.0, "b": 9.0}, (2.0, 0.5))
+    write_bench(export, (2.0, 8.0), (16.0, 64.0))
+    run = json.loads((export / "bench.json").read_text())
+    measured = {name: run.pop(name) for name in ("checkpoint", "rows")}
+    name, folder = "dual_mode/extracted", os.path.relpath(export, root)
+    write_json(root / "beside.json", {**run, "models": [{"name": name, "folder": folder, **measured}]})
+    (export / "bench.json").unlink()
+    return export
+
+
+def test_they_stand_below_the_own_ones(root, beside):
+    report = collect.collect(root)
+    assert of_export(report["missing"]) == []
+    assert [row[:8] for row in device.device_rows(report)[5:]] == [
+        ["dual_mode/extracted", "float", "2.00", "4.00 (4.00)", "9.00 (9.00)", "16.0", "2.0", "0.0200"],
+        ["dual_mode/extracted", "int8", "0.50", "4.25 (4.00)", "9.25 (9.00)", "64.0", "8.0", "0.0050"],
+    ]
+    assert "another recipe" in device.device_notes(report)[1]
+    assert [row[0] for row in device.speed_rows(report)[5:]] == 2 * ["dual_mode/extracted"]
+    assert len(device.speed_notes(report)) == 1, "it is one run"
+    assert {row[0] for row in device.words_rows(report)[1:]} == {"teacher", "student"}
+    names = {t.get_text() for t in plots.wer_on_device(report).legends[0].get_texts()}
+    assert {"dual_mode/extracted float", "dual_mode/extracted int8"} < names
+    colours = plots._device_colours(report, device.deployed(report))
+    assert len(set(colours.values())) == 3
+    facts = {row[0]: row[1] for row in tables.provenance_rows(report)}
+    assert facts["dual_mode/extracted: exported by"] == "commit abc123, local/export.py"
+
+
+@pytest.mark.parametrize("change_it", ["retrained", "gone"])
+def test_those_that_are_others_by_now_are_left_out(root, beside, change_it):
+    if change_it == "gone":
+        beside.rename(beside.with_name("away"))
+    else:
+        change(beside / "model.json", checkpoint=lambda _: "epoch-3")
+    report = collect.collect(root)
+    (gap,) = [m for m in report["missing"] if "beside" in m]
+    assert gap.startswith("dual_mode/extracted, which was measured beside these and is another or gone")
+    assert len(device.device_rows(report)) == 5 and len(device.device_notes(report)) == 1
+
+
+def test_they_are_nothing_by_themselves(root, beside):
+    for name in WERS:
+        (root / name / "export").rename(root / name / "away")
+    assert device.device_tables(collect.collect(root)) == []
+
+
+def test_damage_of_what_was_measured_beside_is_named(root, beside):
+    change(root / "beside.json", models=lambda models: [{**models[0], "rows": "none"}])
+    with pytest.raises(UserError, match=r"beside.json: models\[0\].rows is 'none', not a list; run stage 7"):
+        collect.collect(root)
+
+
 # Pages and figures
 
 

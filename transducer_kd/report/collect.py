@@ -41,7 +41,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from transducer_kd.log import UserError, read_json, read_jsonl
 from transducer_kd.report import checks
-from transducer_kd.report.exports import read_export
+from transducer_kd.report.exports import read_beside, read_export
 from transducer_kd.report.fields import Maybe, check
 from transducer_kd.report.phases import arrange, is_extracted, is_pretraining
 
@@ -110,6 +110,8 @@ def collect(exp_dir: Path, corpus_json: Optional[Path] = None) -> Dict[str, Any]
     phases = arrange(phases, exp_dir, labels)
     order = [p["name"] for p in phases]
     records.sort(key=lambda r: order.index(r["phase"]))
+    beside, gaps = read_beside(exp_dir)
+    missing += gaps
     stages = _read_stages(exp_dir / "stages.jsonl", order)
     if not stages:
         missing.append("stage times (no stages.jsonl: the stages were not run by run.sh)")
@@ -130,6 +132,7 @@ def collect(exp_dir: Path, corpus_json: Optional[Path] = None) -> Dict[str, Any]
         "labels": labels,
         "records": records,
         "comparisons": [],
+        "beside": beside,
         "stages": stages,
         "corpus_summary": summary,
         "machine": machine(),

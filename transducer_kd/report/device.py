@@ -1,7 +1,8 @@
 """Tables of the models on the device: what exports.py has read of stage 7, phase by phase.
 
 One row per phase and precision, of the mode that the device runs: streaming where the phase has chunks.
-Exports and phases that are stale are left out.
+Exports and phases that are stale are left out. Sizes, speeds and the figure also show the models of other
+recipes that were measured in the same run.
 """
 
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional
@@ -42,9 +43,11 @@ class Deployed(NamedTuple):
 
 
 def deployed(report: Dict[str, Any]) -> List[Deployed]:
-    """All, in the order of the phases; first without, then with the LAS where the gate had it."""
+    """All, in the order of the phases, then those of other recipes; of each first without, then with the LAS
+    where the gate had it.
+    """
     found = []
-    for name, export in _exports(report).items():
+    for name, export in _measured(report).items():
         mode = "streaming" if "encoder-streaming.onnx" in export["model"]["files"] else "offline"
         for precision, implementation in _IMPLEMENTATIONS.items():
             rows = _words(export, mode=mode, implementation=implementation)
@@ -78,7 +81,7 @@ def test_sets(report: Dict[str, Any]) -> List[str]:
 
 def device_rows(report: Dict[str, Any], is_short: bool = False) -> List[Row]:
     """What a reader wants first. is_short: for a README, without PyTorch's rates and the real-time factor."""
-    of_all, sets, known = deployed(report), test_sets(report), _exports(report)
+    of_all, sets, known = deployed(report), test_sets(report), _measured(report)
     has_las = any(d.has_las for d in of_all)
     beside = "" if is_short else " (PyTorch)"
     header = ["phase", "precision", *(["pass"] if has_las else []), "MB"]
@@ -149,13 +152,17 @@ def odd_rows(report: Dict[str, Any]) -> List[Row]:
 
 def device_notes(report: Dict[str, Any]) -> List[str]:
     """What the columns of device_rows mean in this report, and why a gate was not passed."""
-    known = _exports(report)
+    known = _measured(report)
     runtimes = sorted({e["gate"]["runtime"] for e in known.values() if e["gate"]}) or ["sherpa-onnx"]
     out = [
         "MB: encoder, decoder and joiner of the mode on disk, with the LAS where it is used. WER: greedy "
         f"search through {', '.join(runtimes)}; with a LAS, beam search and rescoring over the same files. "
         f"Times smaller and faster: than {_references(report)}."
     ]
+    if report["beside"]:
+        out.append(
+            "RECIPE/PHASE: a model of another recipe of this corpus and scale, measured in the same run."
+        )
     for name, export in known.items():
         if export["gate"] and not export["gate"]["passed"]:
             out.append(f"The gate of {name} was not passed: {'; '.join(_failures(export['gate']))}.")
@@ -183,7 +190,7 @@ def words_notes(report: Dict[str, Any]) -> List[str]:
 def speed_notes(report: Dict[str, Any]) -> List[str]:
     """How the figures of speed_rows were measured; a warning where they come from several runs."""
     runs = {}
-    for export in _exports(report).values():
+    for export in _measured(report).values():
         bench = export["bench"]
         if bench:
             names = (
@@ -230,6 +237,12 @@ def _exports(report: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
     return {p["name"]: p["export"] for p in known if not p["export"]["is_stale"]}
 
 
+def _measured(report: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
+    """_exports and, as recipe/phase, those of other recipes that were measured with them."""
+    own = _exports(report)
+    return {**own, **report["beside"]} if own else {}
+
+
 def _words(export: Dict[str, Any], implementation: Optional[str] = None, **wanted: Any) -> List[Dict]:
     """Rows of the gate's word part that have the wanted values."""
     if implementation:
@@ -243,7 +256,7 @@ def _relaxed(export: Dict[str, Any]) -> List[Dict[str, str]]:
 
 
 def _references(report: Dict[str, Any]) -> str:
-    benches = [export["bench"] for export in _exports(report).values() if export["bench"]]
+    benches = [export["bench"] for export in _measured(report).values() if export["bench"]]
     return " or ".join(dict.fromkeys(bench["reference"] for bench in benches)) or "the reference"
 
 

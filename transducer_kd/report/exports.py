@@ -3,6 +3,7 @@
 <phase>/export/model.json    which weights, and the files of the model folder with their bytes
                /gate.json    what the parity gate found: PyTorch against sherpa-onnx, float and int8
                /bench.json   sizes, real-time factors, latencies and memory of one run of the benchmark
+beside.json                  what that run measured of other recipes' models, and where these are
 """
 
 from pathlib import Path
@@ -67,17 +68,18 @@ _TIMING = {
     "first_minute": Maybe(_MINUTE),
     "last_minute": Maybe(_MINUTE),
 }
-_BENCH = {
+_RUN = {
     **_ORIGIN,
-    "checkpoint": str,
     "reference": str,
     "num_threads": int,
     "runtime": str,
     "turns": int,
     "audio_s": float,
     "stream_s": float,
-    "rows": [_TIMING],
 }
+_MEASURED = {"checkpoint": str, "rows": [_TIMING]}
+_BENCH = {**_RUN, **_MEASURED}
+_BESIDE = {**_RUN, "models": [{"name": str, "folder": str, **_MEASURED}]}
 
 
 def read_export(
@@ -113,6 +115,28 @@ def read_export(
         export["bench"] = None
         gaps.append(f"the benchmark of the export of phase {name}, which is of another export: {_MEND}")
     return export, gaps
+
+
+def read_beside(exp_dir: Path) -> Tuple[Dict[str, Dict[str, Any]], List[str]]:
+    """Other recipes' models that were measured with those of `exp_dir`, and a sentence for each that is gone.
+
+    Returns {recipe/phase: {"model", "gate", "bench"}}, as read_export gives them, of those exports that are
+    still what was measured. Raises UserError that names a damaged file and its field.
+    """
+    run = _read(exp_dir / "beside.json", _BESIDE)
+    if run is None:
+        return {}, []
+    about = {name: run[name] for name in _RUN}
+    found, gaps = {}, []
+    for measured in run["models"]:
+        name, folder = measured["name"], exp_dir / measured["folder"]
+        model = _read(folder / "model.json", _MODEL)
+        bench = {**about, **{field: measured[field] for field in _MEASURED}}
+        if model is None or not _is_of(bench, model):
+            gaps.append(f"{name}, which was measured beside these and is another or gone by now: {_MEND}")
+        else:
+            found[name] = {"model": model, "gate": _read(folder / "gate.json", _GATE), "bench": bench}
+    return found, gaps
 
 
 def size(

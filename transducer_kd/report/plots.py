@@ -222,12 +222,13 @@ def wer_on_device(report: Dict[str, Any]) -> Figure:
     """WER against bytes on disk and against RTF: a point per phase, precision and test set."""
     shown = [d for d in device.deployed(report) if d.words and not d.has_las]
     shapes = dict(zip(device.test_sets(report), cycle("osD^vX")))
+    colours = _device_colours(report, shown)
     figure, panels = _panels(2, height=3.8)
     sizes = [(1e-6 * d.bytes, d) for d in shown]
     times = [(d.timing["rtf"], d) for d in shown if d.timing]
     for panel, places, label in zip(panels, (sizes, times), ("MB on disk", "real-time factor")):
         for (x, d), (next_x, other) in zip(places, [*places[1:], (0.0, None)]):
-            style = _of_precision(report, d)
+            style = _of_precision(colours, d)
             for name, row in d.words.items():
                 panel.plot([x], [row["wer"]], marker=shapes[name], **style)
                 if other and other.phase == d.phase and name in other.words:
@@ -243,7 +244,7 @@ def wer_on_device(report: Dict[str, Any]) -> Figure:
     for panel in panels:
         panel.set_ylim(0, 1.1 * highest or 1)
     panels[0].set_ylabel("WER %")
-    who = {f"{d.phase} {d.precision}": {**_of_precision(report, d), "marker": "o"} for d in shown}
+    who = {f"{d.phase} {d.precision}": {**_of_precision(colours, d), "marker": "o"} for d in shown}
     who.update(
         {name: {"color": _INK, "marker": shape, "linestyle": "none"} for name, shape in shapes.items()}
     )
@@ -331,9 +332,19 @@ def _point(report: Dict[str, Any], phase: str, mode: str) -> Dict[str, Any]:
     return {**style, "linestyle": "none", "fillstyle": "left" if use else "full"}
 
 
-def _of_precision(report: Dict[str, Any], d: device.Deployed) -> Dict[str, Any]:
+def _device_colours(report: Dict[str, Any], shown: Sequence[device.Deployed]) -> Dict[str, str]:
+    """{phase: its colour}; models of other recipes have those that are left."""
+    own = {
+        d.phase: _point(report, d.phase, d.mode)["color"] for d in shown if d.phase not in report["beside"]
+    }
+    others = dict.fromkeys(d.phase for d in shown if d.phase not in own)
+    left = [colour for colour in _COLOURS if colour not in own.values()]
+    return {**own, **dict(zip(others, cycle(left)))}
+
+
+def _of_precision(colours: Dict[str, str], d: device.Deployed) -> Dict[str, Any]:
     """The colour of its phase, hollow for int8."""
-    colour = _point(report, d.phase, d.mode)["color"]
+    colour = colours[d.phase]
     face = "none" if d.precision == "int8" else colour
     return {"color": colour, "markerfacecolor": face, "markersize": 6, "linestyle": "none"}
 

@@ -167,14 +167,19 @@ def provenance_rows(report: Dict[str, Any]) -> List[Row]:
             rows.append([f"{name}: emission delay by", _made_by(phase["delay"])])
         if phase["speed"]:
             rows.append([f"{name}: speed by", _made_by(phase["speed"])])
-        for what, origin in (phase["export"] or {}).items():
-            if what in _EXPORTED and origin:
-                rows.append([f"{name}: {_EXPORTED[what]} by", _made_by(origin)])
+        rows += _export_rows(name, phase["export"] or {})
+    for name, export in report["beside"].items():
+        rows += _export_rows(name, export)
     for made in report["labels"]:
         if made["summary"]:
             by = made["summary"].get("created_by") or {}
             rows.append([f"labels of {made['name']}: made by", _made_by(by)])
     return rows
+
+
+def _export_rows(name: str, export: Dict[str, Any]) -> List[Row]:
+    origins = [(what, origin) for what, origin in export.items() if what in _EXPORTED and origin]
+    return [[f"{name}: {_EXPORTED[what]} by", _made_by(origin)] for what, origin in origins]
 
 
 def notes(report: Dict[str, Any]) -> List[str]:
