@@ -221,7 +221,7 @@ class DataConfig:
     musan_prob: float = 0.5
     musan_snr_db: List[float] = field(default_factory=lambda: [10.0, 20.0])
     # Share of the batches in training that get silence around their words and an utterance without words,
-    # both on top of max_duration_s.
+    # both on top of max_duration_s: at most half of it, or 60 s where that is more.
     silence_prob: float = 0.0
     seed: int = 42
 

@@ -66,11 +66,11 @@ def test_zeros_are_the_floor_of_the_features():
 class TestMixer:
     @pytest.fixture
     def mixer(self):
-        return SilenceMixer(0.1, FeatureExtractor())
+        return SilenceMixer(0.1, FeatureExtractor(), 15.0)
 
     @pytest.mark.parametrize("prob", [0.0, 0.1, 1.0])
     def test_a_share_of_the_batches_is_due(self, prob):
-        mixer = SilenceMixer(prob, FeatureExtractor())
+        mixer = SilenceMixer(prob, FeatureExtractor(), 15.0)
         due = [mixer.is_due(random.Random(f"42/1/{index}")) for index in range(5000)]
         assert np.mean(due) == pytest.approx(prob, abs=0.015)
 
@@ -90,6 +90,20 @@ class TestMixer:
         for frames in (before, after):
             assert 10 <= min(frames) < 40 and 170 < max(frames) <= 200
         assert 30 <= min(without) < 80 and 350 < max(without) <= 400
+
+    @pytest.mark.parametrize(
+        "max_duration_s, count, frames, limit_s",
+        [(300.0, 150, 200, 450.0), (300.0, 20, 1500, 450.0), (30.0, 60, 50, 90.0), (10.0, 400, 25, 170.0)],
+    )
+    def test_a_batch_does_not_outgrow_the_memory(self, max_duration_s, count, frames, limit_s):
+        """Padded; the last is so full that even the shortest silences, 0.2 s in all, are too much."""
+        mixer = SilenceMixer(1.0, FeatureExtractor(), max_duration_s)
+        words = count * [np.zeros((frames, 80), np.float32)]
+        sizes = []
+        for seed in range(8):
+            batch = mixer(words, count * [True], random.Random(seed))
+            sizes.append(0.01 * len(batch) * max(map(len, batch)))
+        assert 0.6 * limit_s < max(sizes) <= 1.02 * limit_s + 0.05 * count
 
 
 # ---------------------------------------------------------------- batches

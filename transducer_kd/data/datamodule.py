@@ -75,7 +75,8 @@ class DataModule:
         self._mixer: Optional[NoiseMixer] = None  # read when training begins: decoding needs no noise
         self._silence: Optional[SilenceMixer] = None
         if cfg.silence_prob > 0:
-            self._silence = SilenceMixer(cfg.silence_prob, self._extractor or FeatureExtractor())
+            extractor = self._extractor or FeatureExtractor()
+            self._silence = SilenceMixer(cfg.silence_prob, extractor, cfg.max_duration_s)
 
     # ---------------------------------------------------------------- batches
 

@@ -8,7 +8,7 @@ S samples, T feature frames, C mel bins.
 """
 
 import random
-from typing import List, Sequence
+from typing import List, Sequence, Tuple
 
 import numpy as np
 
@@ -19,13 +19,22 @@ _DIGITAL_SHARE = 0.3  # of the silences that are zeros throughout; the others ar
 _LEVEL_DB = (-95.0, -50.0)  # RMS of the noise; 0 is that of samples of 1
 _AROUND_S = (0.1, 2.0)  # on each side of the words
 _WITHOUT_WORDS_S = (0.3, 4.0)
+# What a batch may grow by: a share of what it may hold, because one of many short utterances would become
+# three times as large and a GPU run out of memory; or some seconds, which no machine notices.
+_GROWTH_SHARE, _LEAST_GROWTH_S = 0.5, 60.0
 
 
 class SilenceMixer:
-    """Gives a share `prob` of the batches silence; `rng` alone decides which, how long and how loud."""
+    """Gives a share `prob` of the batches silence; `rng` alone decides which, how long and how loud.
 
-    def __init__(self, prob: float, extractor: FeatureExtractor):
+    max_duration_s: what a batch holds without it, padding included; with it at most half as much again, or
+    60 s more where that is more.
+    """
+
+    def __init__(self, prob: float, extractor: FeatureExtractor, max_duration_s: float):
         self.prob, self.extractor = prob, extractor
+        self.growth_s = max(_GROWTH_SHARE * max_duration_s, _LEAST_GROWTH_S)
+        self.max_duration_s = max_duration_s
 
     def is_due(self, rng: random.Random) -> bool:
         """Whether the batch that `rng` belongs to gets silence."""
@@ -36,17 +45,27 @@ class SilenceMixer:
     ) -> List[np.ndarray]:
         """(T,C) of each utterance of a batch, with silence before and after where it may grow, and of one
         more that has no words."""
+        # Padding makes every utterance as long as the longest, the one without words included.
+        count = len(features) + 1
+        around_s = _at_most(self.growth_s / (2 * count), _AROUND_S)
+        without_s = _at_most((self.max_duration_s + self.growth_s) / count, _WITHOUT_WORDS_S)
         grown = [
-            np.concatenate([self._silence(_AROUND_S, rng), matrix, self._silence(_AROUND_S, rng)])
+            np.concatenate([self._silence(around_s, rng), matrix, self._silence(around_s, rng)])
             if may
             else matrix
             for matrix, may in zip(features, may_grow)
         ]
-        return [*grown, self._silence(_WITHOUT_WORDS_S, rng)]
+        return [*grown, self._silence(without_s, rng)]
 
-    def _silence(self, range_s: Sequence[float], rng: random.Random) -> np.ndarray:
+    def _silence(self, range_s: Tuple[float, float], rng: random.Random) -> np.ndarray:
         """(T,C) of a silence whose length is drawn from `range_s`."""
         return self.extractor.extract(silence(rng.uniform(*range_s), rng))
+
+
+def _at_most(limit: float, range_s: Tuple[float, float]) -> Tuple[float, float]:
+    """range_s ending at the limit, where that is not below its beginning."""
+    shortest, longest = range_s
+    return shortest, max(shortest, min(longest, limit))
 
 
 def silence(duration_s: float, rng: random.Random) -> np.ndarray:
