@@ -6,6 +6,7 @@ and says how far each output is off and where in the encoder that begins.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from transducer_kd.export.onnx_files import Part
 from transducer_kd.export.session import load_session
+from transducer_kd.models.conformer import Conformer
 
 MAX_DIFFERENCE = 1e-3  # of a float32 output, as a share of the largest of PyTorch's where that is above 1
 
@@ -74,6 +76,25 @@ def difference(found: Tensor, wanted: Tensor, lens: Optional[Tensor] = None) -> 
     return float((found.double() - wanted.double()).abs().max() / scale)
 
 
+@contextmanager
+def layer_outputs(encoder: Conformer) -> Iterator[Dict[str, List[Tensor]]]:
+    """{subsampling or layer: (N,T',D) that it gives, of every call of the encoder in this context}: what the
+    first norm of the next layer is given.
+    """
+    norms = [*(layer.ff1_norm for layer in encoder.layers), encoder.norm]
+    makers = ["encoder.subsampling", *(f"encoder.layers.{i}" for i in range(len(encoder.layers)))]
+    given: Dict[str, List[Tensor]] = {maker: [] for maker in makers}
+    hooks = [
+        norm.register_forward_pre_hook(lambda _, inputs, kept=kept: kept.append(inputs[0]))
+        for norm, kept in zip(norms, given.values())
+    ]
+    try:
+        yield given
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _other_inputs(part: Part) -> Iterator[Dict[str, Tensor]]:
     """Inputs of other sizes and values than the part was traced with, in the order in which it takes them."""
     seed = torch.Generator().manual_seed(7)
@@ -108,33 +129,24 @@ def _other_inputs(part: Part) -> Iterator[Dict[str, Tensor]]:
 
 
 def _first_layer_off(part: Part, path: Path, limit: float, inputs: Dict[str, Tensor]) -> str:
-    """The first of subsampling, layers and norm whose output for these inputs is beyond the limit.
-
-    A layer's output is what the first norm of the next one is given, in both.
+    """The first of subsampling, layers and norm whose output for these inputs is beyond the limit. In the
+    file, too, a layer's output is what the first norm of the next one is given.
     """
     encoder = part.graph.encoder
-    norms = {f"encoder.layers.{i}.ff1_norm": layer.ff1_norm for i, layer in enumerate(encoder.layers)}
-    norms["encoder.norm"] = encoder.norm
-    expected: List[Tensor] = []
-    hooks = [
-        norm.register_forward_pre_hook(lambda _, given: expected.append(given[0])) for norm in norms.values()
-    ]
-    with torch.inference_mode():
+    with torch.inference_mode(), layer_outputs(encoder) as expected:
         lens = _valid_lens(part, part.graph(*inputs.values()))
-    for hook in hooks:
-        hook.remove()
 
     model = onnx.load(str(path))
     given_to = {
         node.input[1]: node.input[0] for node in model.graph.node if node.op_type == "LayerNormalization"
     }
+    norms = [*(f"encoder.layers.{i}.ff1_norm" for i in range(len(encoder.layers))), "encoder.norm"]
     values = [given_to[f"{name}.weight"] for name in norms]
     del model.graph.output[:]
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(value) for value in values)
     session = load_session(path, content=model.SerializeToString())
     found = session.run(values, {k: v.numpy() for k, v in inputs.items()})
-    makers = ["encoder.subsampling", *(f"encoder.layers.{i}" for i in range(len(encoder.layers)))]
-    for maker, y, wanted in zip(makers, found, expected):
+    for (maker, (wanted,)), y in zip(expected.items(), found):
         if difference(torch.from_numpy(y), wanted, lens) > limit:
             return maker
     return "encoder.norm"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from transducer_kd.decode.streaming import chunks
-from transducer_kd.export.compare import MAX_DIFFERENCE, compare, difference
+from transducer_kd.export.compare import MAX_DIFFERENCE, compare, difference, layer_outputs
 from transducer_kd.export.folder import PRECISIONS, ModelFolder
 from transducer_kd.export.onnx_files import Part
 from transducer_kd.models.conformer import Conformer
@@ -45,14 +45,15 @@ def chunk_rows(encoder: Conformer) -> List[Row]:
         3 * torch.randn(1, num_frames, encoder.cfg.feature_dim, generator=torch.Generator().manual_seed(7))
         - 8
     )
-    whole, by_chunks = _layer_outputs(encoder, x)
-    differences = [difference(one, other) for one, other in zip(by_chunks, whole)]
-    makers = ["encoder.subsampling", *(f"encoder.layers.{i}" for i in range(len(encoder.layers)))]
+    found = {
+        maker: difference(by_chunks, whole)
+        for maker, (whole, by_chunks) in _whole_and_by_chunks(encoder, x).items()
+    }
+    of_output = found["encoder.norm"]
     starts_at = None
-    if differences[-1] > MAX_DIFFERENCE:
-        off = [maker for maker, found in zip(makers, differences) if found > MAX_DIFFERENCE]
-        starts_at = off[0] if off else "encoder.norm"
-    return [_row("PyTorch by chunks", "encoder_out", differences[-1], MAX_DIFFERENCE, starts_at)]
+    if of_output > MAX_DIFFERENCE:
+        starts_at = next(maker for maker, off in found.items() if off > MAX_DIFFERENCE)
+    return [_row("PyTorch by chunks", "encoder_out", of_output, MAX_DIFFERENCE, starts_at)]
 
 
 def _row(part: str, output: str, largest: float, limit: float, starts_at: Optional[str]) -> Row:
@@ -68,24 +69,16 @@ def _row(part: str, output: str, largest: float, limit: float, starts_at: Option
 
 
 @torch.inference_mode()
-def _layer_outputs(encoder: Conformer, x: Tensor) -> Tuple[List[Tensor], List[Tensor]]:
-    """Of an utterance x (1,T,C), at once and by chunks: what the subsampling and every layer give, (T',D)
-    each, and last the output of the encoder. A layer's output is what the first norm of the next is given.
-    """
+def _whole_and_by_chunks(encoder: Conformer, x: Tensor) -> Dict[str, Tuple[Tensor, Tensor]]:
+    """{subsampling, layer or last norm: (T',D) that it gives, at once and by chunks}; x (1,T,C) of one utterance."""
     lens = torch.tensor([x.size(1)])
-    norms = [*(layer.ff1_norm for layer in encoder.layers), encoder.norm]
-    given: List[List[Tensor]] = [[] for _ in norms]
-    hooks = [
-        norm.register_forward_pre_hook(lambda _, inputs, kept=kept: kept.append(inputs[0][0]))
-        for norm, kept in zip(norms, given)
-    ]
-    whole, whole_lens = encoder(x, lens)
-    at_once = [kept.pop() for kept in given]
-    state, pieces = encoder.streaming_init(1, x.device), []
-    for piece, piece_lens in chunks(x, lens, encoder.cfg.chunk_size):
-        out, _, state = encoder.streaming_forward(piece, piece_lens, state)
-        pieces.append(out[0])
-    for hook in hooks:
-        hook.remove()
+    with layer_outputs(encoder) as given:
+        whole, whole_lens = encoder(x, lens)
+        at_once = [kept.pop()[0] for kept in given.values()]
+        state, pieces = encoder.streaming_init(1, x.device), []
+        for piece, piece_lens in chunks(x, lens, encoder.cfg.chunk_size):
+            out, _, state = encoder.streaming_forward(piece, piece_lens, state)
+            pieces.append(out)
     valid = slice(int(whole_lens))
-    return [*at_once, whole[0]], [torch.cat(kept)[valid] for kept in [*given, pieces]]
+    by_chunks = [torch.cat(kept, dim=1)[0, valid] for kept in [*given.values(), pieces]]
+    return dict(zip([*given, "encoder.norm"], zip([*at_once, whole[0]], by_chunks)))
