@@ -70,7 +70,7 @@ def _row(part: str, output: str, largest: float, limit: float, starts_at: Option
 
 @torch.inference_mode()
 def _whole_and_by_chunks(encoder: Conformer, x: Tensor) -> Dict[str, Tuple[Tensor, Tensor]]:
-    """{subsampling, layer or last norm: (T',D) that it gives, at once and by chunks}; x (1,T,C) of one utterance."""
+    """{subsampling, layer or last norm: (T',D) that it gives, at once and by chunks}, of x (1,T,C)."""
     lens = torch.tensor([x.size(1)])
     with layer_outputs(encoder) as given:
         whole, whole_lens = encoder(x, lens)
