@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure model folders in sherpa-onnx on one thread: speed, latency, memory, size.
+r"""Measure model folders in sherpa-onnx on one thread: speed, latency, memory, size.
 
 The first is what the others are compared with:
 
@@ -9,20 +9,28 @@ Every folder is measured as float and as int8, all of them in one run in which t
 the test parts. One that can stream does, in pieces of 0.1 s; others hear utterances of 10 s. Real-time factor
 (RTF): processor seconds for a second of audio. It is given with and without the features, which cost the same
 for every model. Latency of a chunk: processor time from the arrival of its last sample to its words. Memory
-is that of a process of its own, which streams five minutes; it and the latency, in the first and in the last
-of these minutes, show whether they grow.
+is that of a process of its own, which streams for --stream-s seconds; it and the latency, in the first and in
+the last minute, show whether they grow.
 
-Models of other recipes may stand --beside them in the same run; they are named RECIPE/PHASE.
+Models of other recipes can be measured in the same run, so that their figures compare:
 
-Writes bench.json into each folder of --export-dir and what the others had into --beside-json; prints a table.
+  local/bench_export.py --export-dir EXP/teacher/export EXP/student/export \
+      --beside OTHER/phase/export --beside-json EXP/beside.json
+
+They are named RECIPE/PHASE, as their model.json has it. One that is damaged, or has not passed its gate, is
+left out with a warning.
+
+Prints a table, and writes bench.json into each folder of --export-dir. What is measured of the --beside
+folders goes to --beside-json.
 """
 
 import argparse
+import logging
 import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Tuple
+from typing import Any, Dict, List, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -37,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--export-dir", type=Path, nargs="+", required=True, help="model folders, the reference first")
     add("--beside", type=Path, nargs="+", default=[], metavar="DIR", help="model folders of other recipes")
-    add("--beside-json", type=Path, metavar="FILE", help="what is measured of these")
+    add("--beside-json", type=Path, metavar="FILE", help="where their figures go; needed with --beside")
     add("--test-parts", action="append", metavar="PART[,PART...]", help="default: test-clean,test-other")
     add("--fbank-dir", type=Path, help="folder with cuts_<part>.jsonl.gz (default: as the first was trained)")
     add("--audio-s", type=number(1), default=60, help="audio of a turn (default %(default)s)")
@@ -63,8 +71,13 @@ def main() -> int:
     from transducer_kd.export.folder import open_folder
     from transducer_kd.train.experiment import git_commit
 
-    own = by_name((phase_of(path), open_folder(path)) for path in args.export_dir)
-    others = by_name((recipe_and_phase(folder), folder) for folder in map(open_folder, args.beside))
+    own: Dict[str, Any] = {}
+    for path in args.export_dir:
+        name = phase_of(path)
+        if name in own:
+            raise UserError(f"{own[name].path} and {path} are both of a phase {name}; name one of them")
+        own[name] = open_folder(path)
+    others = open_beside(args.beside)
     samples = speech(args.fbank_dir or trained_on(args.export_dir[0]), args.parts, args.stream_s)
     amounts = bench.Amounts(args.audio_s, args.turns, args.stream_s, args.streams)
     rows = bench.measure({**own, **others}, samples, amounts)
@@ -84,11 +97,16 @@ def main() -> int:
 
     for name, folder in own.items():
         write_json(folder.path / "bench.json", {**about, **measured(name, folder)})
-    if others:
+    if args.beside_json:
         # From where the file is, so that both may be moved together.
         base = args.beside_json.resolve().parent
         models = [
-            {"name": name, "folder": os.path.relpath(folder.path.resolve(), base), **measured(name, folder)}
+            {
+                "name": name,
+                "folder": os.path.relpath(folder.path.resolve(), base),
+                "sha256": {file: known["sha256"] for file, known in folder.info["files"].items()},
+                **measured(name, folder),
+            }
             for name, folder in others.items()
         ]
         write_json(args.beside_json, {**about, "models": models})
@@ -96,21 +114,31 @@ def main() -> int:
     return 0
 
 
-def by_name(named: Iterable[Tuple[str, Any]]) -> Dict[str, Any]:
-    """{name: model folder}; UserError where two have one name."""
-    folders: Dict[str, Any] = {}
-    for name, folder in named:
-        if name in folders:
-            raise UserError(
-                f"{folders[name].path} and {folder.path} are both of a phase {name}; name one of them"
-            )
-        folders[name] = folder
-    return folders
+def open_beside(paths: Sequence[Path]) -> Dict[str, Any]:
+    """{RECIPE/PHASE: model folder} of those that can be measured; a warning for each other one, because it is
+    another recipe's and no reason not to measure these.
+    """
+    from transducer_kd.export.folder import open_folder
+
+    found: Dict[str, Any] = {}
+    for path in paths:
+        try:
+            folder = open_folder(path)
+            if not has_passed(path / "gate.json"):
+                raise UserError("it has not passed its gate (gate.json)")
+            name = f"{folder.info.get('recipe')}/{folder.info['phase']}"
+            if name in found:
+                raise UserError(f"{found[name].path} is of {name}, too")
+        except UserError as error:
+            logging.warning("%s is not measured beside these: %s", path, error)
+        else:
+            found[name] = folder
+    return found
 
 
-def recipe_and_phase(folder: Any) -> str:
-    """As the model folder itself says, because other recipes have phases of the same names."""
-    return f"{folder.info['recipe']}/{folder.info['phase']}"
+def has_passed(gate: Path) -> bool:
+    """Whether a gate was run and passed."""
+    return gate.is_file() and read_json(gate).get("passed") is True
 
 
 def phase_of(export_dir: Path) -> str:

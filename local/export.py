@@ -14,6 +14,9 @@ int8: a WER at most 0.3 worse), and on odd inputs, those made of dev recordings 
 test part, of which int8 may understand one in ten differently. What was found is printed and kept in
 gate.json. The exit status is 1 unless the gate is passed; the folder stays in any case.
 
+run.sh does this as stage 7, and replaces what was exported by hand with other options, or without its gate. For
+a folder that stays as it is, name another --output-dir.
+
 A model of two modes gets its own of each; one that only streams hears whole utterances with its chunks.
 """
 

@@ -1,5 +1,6 @@
 """What the recipes share, egs/librispeech/{common,runner,stages}.sh, run with invented phases."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -333,24 +334,35 @@ class TestExport:
 
     ELSEWHERE = """
       other=egs/librispeech/other/exp/synthetic-smoke
-      for phase in good another-corpus newer; do
+      for phase in good another-corpus newer good.old-2026 not-trained not-exported half; do
         mkdir -p $other/$phase/export; echo 1 >$other/$phase/export/model.json
         echo "ended 5" >$other/$phase/.done
-        printf '%s\n' "$(data_fingerprint)" more "ended 5" "ended 6" >$other/$phase/.done-export
+        printf '%s\\n' "$(data_fingerprint)" more "ended 5" "ended 6" >$other/$phase/.done-export
       done
-      mkdir -p $other/not-exported
       sed -i 's/^corpus=.*/corpus=else/' $other/another-corpus/.done-export
       echo "ended 7" >$other/newer/.done
+      rm $other/not-trained/.done $other/not-exported/.done-export $other/half/export/model.json
+      mv $other/good "$other/good one"
     """
+    OWN, OTHER = (f"egs/librispeech/{recipe}/exp/synthetic-smoke" for recipe in ("mine", "other"))
+    BESIDE = f"--beside {OTHER}/good one/export --beside-json {OWN}/beside.json"
 
     def test_exports_of_other_recipes_are_measured_beside_them(self, shell):
-        again = "export_stage; echo AGAIN; export_stage; echo 2 >$other/good/export/model.json; export_stage"
+        again = """
+          export_stage; echo FIRST; touch $exp_root/beside.json; export_stage
+          echo LOST; rm $exp_root/beside.json; export_stage
+          echo CHANGED; touch $exp_root/beside.json; echo 2 >"$other/good one/export/model.json"; export_stage
+          echo GONE; rm -r $other; export_stage; [ ! -e $exp_root/beside.json ]
+        """
         output = shell(self.BODY + self.ELSEWHERE + again, options="--stage 0 --stop-stage 7")
-        own, other = (f"egs/librispeech/{recipe}/exp/synthetic-smoke" for recipe in ("mine", "other"))
-        beside = f"--beside {other}/good/export --beside-json {own}/beside.json "
-        told = [line for line in self.told(output) if "bench" in line]
-        assert len(told) == 2 and all(beside in line and "newer" not in line for line in told)
-        assert "Stage 7: bench: its options changed" in output, "the other recipe has another model now"
+        first, lost = re.split("FIRST|LOST", output)[:2]
+        lost_again, changed, gone = re.split("LOST|CHANGED|GONE", output)[1:]
+        for part in (first, lost_again, changed):
+            (told,) = [line for line in self.told(part) if "bench" in line]
+            assert told.endswith(self.BESIDE + " --turns 2 --audio-s 5 --stream-s 120 --streams 1")
+        assert "bench: done already" in lost and "bench: its options changed" in changed
+        (told,) = [line for line in self.told(gone) if "bench" in line]
+        assert "--beside" not in told and "can't read" not in output
 
     def test_an_export_that_leaves_no_model_is_the_error(self, shell):
         output = shell(

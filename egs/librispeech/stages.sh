@@ -268,8 +268,9 @@ export_stage() {
     made_from+="$phase $(cksum <"$exp_root/$phase/export/model.json")"$'\n'
   done
   if [ "${#folders[@]}" -gt 0 ]; then
-    others=($(exported_elsewhere))
+    mapfile -t others < <(exported_elsewhere)
     for folder in ${others[@]+"${others[@]}"}; do made_from+="$folder $(cksum <"$folder/model.json")"$'\n'; done
+    [ "${#others[@]}" = 0 ] || [ -e "$exp_root/beside.json" ] || rm -f "$exp_root/.done-bench"
     run_stage 7 "bench" "$exp_root/.done-bench" "$(echo "$made_from")" bench_exported "${folders[@]}"
     run_stage 7 "report" "" "" stage_report
   elif [ -z "$failed" ]; then
@@ -288,14 +289,15 @@ export_phase() {
   test=$(parts_of test) dev=$(tune_part)
   run python local/export.py --exp-dir "$exp_root/$1" --use-averaged-model --test-parts "${test// /,}" --dev-part "$dev"
 }
-# The model folders of other recipes, of this corpus and scale, that passed their gates and were not trained anew since:
-# they are measured in the same run.
+# The model folders of other recipes' phases, of this corpus and scale, that passed their gates and were not trained anew
+# since: they are measured in the same run. What such a phase was made from is that recipe's business.
 exported_elsewhere() {
   local made_with phase mark
   made_with=$(data_fingerprint)
   for phase in "${egs_dir#"$root"/}"/*/exp/"$corpus_name-$scale"/*/; do
     phase=${phase%/}
-    [ -e "$phase/.done-export" ] && [ -e "$phase/export/model.json" ] && [[ $phase != "$exp_root/"* ]] || continue
+    case $phase in "$exp_root"/* | *.old-*) continue ;; esac # set aside by train.py
+    [ -e "$phase/.done" ] && [ -e "$phase/.done-export" ] && [ -e "$phase/export/model.json" ] || continue
     mark=$(cat "$phase/.done-export")
     [[ $mark == "$made_with"$'\n'* && $mark == *$'\n'"$(sed -n '$p' "$phase/.done")"$'\n'* ]] || continue
     echo "$phase/export"
@@ -306,8 +308,12 @@ exported_elsewhere() {
 bench_exported() {
   local test args=()
   test=$(parts_of test)
-  rm -f "$exp_root/beside.json"
-  [ "${#others[@]}" = 0 ] || args+=(--beside "${others[@]}" --beside-json "$exp_root/beside.json")
+  if [ "${#others[@]}" -gt 0 ]; then
+    log "Stage 7: measured beside models of other recipes: ${others[*]}"
+    args+=(--beside "${others[@]}" --beside-json "$exp_root/beside.json")
+  else
+    rm -f "$exp_root/beside.json"
+  fi
   [ "$scale" != smoke ] || args+=(--turns 2 --audio-s 5 --stream-s 120 --streams 1)
   run python local/bench_export.py --export-dir "$@" --test-parts "${test// /,}" ${args[@]+"${args[@]}"}
 }

@@ -93,17 +93,24 @@ class TestMixer:
 
     @pytest.mark.parametrize(
         "max_duration_s, count, frames, limit_s",
-        [(300.0, 150, 200, 450.0), (300.0, 20, 1500, 450.0), (30.0, 60, 50, 90.0), (10.0, 400, 25, 170.0)],
+        [(300.0, 150, 200, 450.0), (300.0, 20, 1500, 450.0), (30.0, 60, 50, 90.0), (120.0, 2, 5800, 180.0)],
     )
     def test_a_batch_does_not_outgrow_the_memory(self, max_duration_s, count, frames, limit_s):
-        """Padded; the last is so full that even the shortest silences, 0.2 s in all, are too much."""
+        """Padding included."""
+        sizes = self.padded_s(max_duration_s, count, frames)
+        assert 0.85 * limit_s < max(sizes) <= limit_s + 0.03 * count, "silences are whole frames"
+
+    def test_the_shortest_silences_are_always_there(self):
+        """A batch that has no room: 0.1 s on both sides, and the utterance without words."""
+        assert set(self.padded_s(120.0, 1, 12000)) == {2 * 120.2}
+        assert set(self.padded_s(120.0, 1200, 10)) == {1201 * 0.3}
+
+    def padded_s(self, max_duration_s, count, frames):
+        """Seconds of some batches with silence."""
         mixer = SilenceMixer(1.0, FeatureExtractor(), max_duration_s)
         words = count * [np.zeros((frames, 80), np.float32)]
-        sizes = []
-        for seed in range(8):
-            batch = mixer(words, count * [True], random.Random(seed))
-            sizes.append(0.01 * len(batch) * max(map(len, batch)))
-        assert 0.6 * limit_s < max(sizes) <= 1.02 * limit_s + 0.05 * count
+        batches = (mixer(words, count * [True], random.Random(seed)) for seed in range(8))
+        return [round(0.01 * len(batch) * max(map(len, batch)), 2) for batch in batches]
 
 
 # ---------------------------------------------------------------- batches

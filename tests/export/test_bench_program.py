@@ -98,10 +98,17 @@ def test_the_report_reads_it(run, exp):
     assert [row["precision"] for row in export["bench"]["rows"]] == ["float", "int8"]
 
 
-def test_other_recipes_are_measured_beside_them(run, exp):
-    other = exp / "elsewhere" / "export"
-    other.parent.mkdir()
-    (exp / "student" / "export").rename(other)
+@pytest.fixture
+def other(exp):
+    """The student's folder, moved to elsewhere/export; it passed its gate."""
+    folder = exp / "elsewhere" / "export"
+    folder.parent.mkdir()
+    (exp / "student" / "export").rename(folder)
+    (folder / "gate.json").write_text('{"passed": true}')
+    return folder
+
+
+def test_other_recipes_are_measured_beside_them(run, exp, other):
     found = exp / "beside.json"
     assert run("teacher", options=["--beside", str(other), "--beside-json", str(found)]) == 0
     own = json.loads((exp / "teacher/export/bench.json").read_text())
@@ -113,8 +120,30 @@ def test_other_recipes_are_measured_beside_them(run, exp):
     assert [row["precision"] for row in model["rows"]] == ["float", "int8"]
     assert model["rows"][0]["times_smaller"] == own["rows"][0]["bytes"] / model["rows"][0]["bytes"]
     assert beside["command"] == own["command"] and beside["reference"] == "teacher float"
-    measured, gaps = read_beside(exp)
-    assert gaps == [] and measured[model["name"]]["bench"]["rows"] == model["rows"]
+    assert model["sha256"] == {name: known["sha256"] for name, known in info["files"].items()}
+
+
+@pytest.mark.parametrize(
+    "harm, told",
+    [
+        (lambda folder: (folder / "decoder.onnx").unlink(), "decoder.onnx"),
+        (lambda folder: (folder / "gate.json").unlink(), "it has not passed its gate"),
+        (lambda folder: (folder / "gate.json").write_text('{"passed": false}'), "it has not passed its gate"),
+        (shutil.rmtree, "there is no model folder"),
+    ],
+)
+def test_what_is_wrong_with_another_recipes_model_stops_nothing(run, exp, other, caplog, harm, told):
+    harm(other)
+    beside = ["--beside", str(other), "--beside-json", str(exp / "beside.json")]
+    assert run("teacher", options=beside) == 0
+    assert f"{other} is not measured beside these" in caplog.text and told in caplog.text
+    assert json.loads((exp / "beside.json").read_text())["models"] == [] and read_beside(exp) == ({}, [])
+
+
+def test_of_two_that_have_one_name_the_first_is_measured(run, exp, other, caplog):
+    copy = shutil.copytree(other, other.with_name("copy"))
+    run("teacher", options=["--beside", str(other), str(copy), "--beside-json", str(exp / "beside.json")])
+    assert f"{copy} is not measured beside these: {other} is of" in caplog.text
 
 
 def test_copied_folders_have_their_own_names(run, exp):
@@ -139,7 +168,6 @@ def test_copied_folders_have_their_own_names(run, exp):
         (["teacher", "teacher"], [], "both of a phase teacher"),
         (["teacher"], ["--test-parts", "x"], "cuts_x.*parts there: test-clean, test-other"),
         (["student"], [], "student/config.json does not exist.*--fbank-dir"),
-        (["teacher"], ["--beside", "gone", "--beside-json", "x"], "there is no model folder gone"),
     ],
 )
 def test_what_cannot_work_is_one_clear_error(run, exp, phases, options, message):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -330,8 +331,10 @@ def beside(root):
     write_bench(export, (2.0, 8.0), (16.0, 64.0))
     run = json.loads((export / "bench.json").read_text())
     measured = {name: run.pop(name) for name in ("checkpoint", "rows")}
-    name, folder = "dual_mode/extracted", os.path.relpath(export, root)
-    write_json(root / "beside.json", {**run, "models": [{"name": name, "folder": folder, **measured}]})
+    files = json.loads((export / "model.json").read_text())["files"]
+    measured.update(name="dual_mode/extracted", folder=os.path.relpath(export, root))
+    measured["sha256"] = {name: known["sha256"] for name, known in files.items()}
+    write_json(root / "beside.json", {**run, "models": [measured]})
     (export / "bench.json").unlink()
     return export
 
@@ -350,27 +353,49 @@ def test_they_stand_below_the_own_ones(root, beside):
     names = {t.get_text() for t in plots.wer_on_device(report).legends[0].get_texts()}
     assert {"dual_mode/extracted float", "dual_mode/extracted int8"} < names
     colours = plots._device_colours(report, device.deployed(report))
-    assert len(set(colours.values())) == 3
+    assert set(colours) == {"teacher", "student", "dual_mode/extracted"} and len(set(colours.values())) == 3
     facts = {row[0]: row[1] for row in tables.provenance_rows(report)}
     assert facts["dual_mode/extracted: exported by"] == "commit abc123, local/export.py"
 
 
-@pytest.mark.parametrize("change_it", ["retrained", "gone"])
-def test_those_that_are_others_by_now_are_left_out(root, beside, change_it):
-    if change_it == "gone":
-        beside.rename(beside.with_name("away"))
-    else:
-        change(beside / "model.json", checkpoint=lambda _: "epoch-3")
+def exported_anew(export):
+    """Under the same names, with the same bytes."""
+    change(export / "model.json", files=lambda files: {n: {**f, "sha256": "1"} for n, f in files.items()})
+
+
+@pytest.mark.parametrize(
+    "harm, told",
+    [
+        (exported_anew, "dual_mode/extracted, which was measured beside these and is another or gone by now"),
+        (shutil.rmtree, "dual_mode/extracted, which was measured beside these and is another or gone by now"),
+        (
+            lambda export: change(export / "gate.json", words=lambda _: 1),
+            "words is 1, not a list; run stage 7",
+        ),
+        (lambda export: (export / "gate.json").write_text("{"), "of that recipe"),
+    ],
+)
+def test_those_that_are_not_what_was_measured_are_left_out(root, beside, harm, told):
+    harm(beside)
     report = collect.collect(root)
     (gap,) = [m for m in report["missing"] if "beside" in m]
-    assert gap.startswith("dual_mode/extracted, which was measured beside these and is another or gone")
+    assert told in gap and ".." not in gap
     assert len(device.device_rows(report)) == 5 and len(device.device_notes(report)) == 1
 
 
 def test_they_are_nothing_by_themselves(root, beside):
     for name in WERS:
         (root / name / "export").rename(root / name / "away")
-    assert device.device_tables(collect.collect(root)) == []
+    report = collect.collect(root)
+    assert device.device_tables(report) == [] and of_export(report["missing"]) == []
+    assert not [row for row in tables.provenance_rows(report) if "dual_mode" in row[0]]
+
+
+def test_the_figure_needs_only_their_gates(root, beside):
+    for name in WERS:
+        (root / name / "export" / "gate.json").unlink()
+    names = {t.get_text() for t in plots.wer_on_device(collect.collect(root)).legends[0].get_texts()}
+    assert names == {"dual_mode/extracted float", "dual_mode/extracted int8", "a", "b"}
 
 
 def test_damage_of_what_was_measured_beside_is_named(root, beside):

@@ -28,7 +28,7 @@ class SilenceMixer:
     """Gives a share `prob` of the batches silence; `rng` alone decides which, how long and how loud.
 
     max_duration_s: what a batch holds without it, padding included; with it at most half as much again, or
-    60 s more where that is more.
+    60 s more where that is more, unless even the shortest silences are too much.
     """
 
     def __init__(self, prob: float, extractor: FeatureExtractor, max_duration_s: float):
@@ -46,9 +46,10 @@ class SilenceMixer:
         """(T,C) of each utterance of a batch, with silence before and after where it may grow, and of one
         more that has no words."""
         # Padding makes every utterance as long as the longest, the one without words included.
-        count = len(features) + 1
-        around_s = _at_most(self.growth_s / (2 * count), _AROUND_S)
-        without_s = _at_most((self.max_duration_s + self.growth_s) / count, _WITHOUT_WORDS_S)
+        room_s = (self.max_duration_s + self.growth_s) / (len(features) + 1)
+        longest_s = FRAME_SHIFT_S * max(map(len, features))
+        around_s = _at_most((room_s - longest_s) / 2, _AROUND_S)
+        without_s = _at_most(room_s, _WITHOUT_WORDS_S)
         grown = [
             np.concatenate([self._silence(around_s, rng), matrix, self._silence(around_s, rng)])
             if may

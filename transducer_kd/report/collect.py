@@ -11,6 +11,7 @@ exports.py those of what was exported.
                                          /delay.json         emission delay, from local/emission_delay.py
                                          /speed.json         of the encoder, from local/measure_speed.py
                                          /export/            model for the device, see exports.py
+    <recipe>/exp/<corpus>-<scale>/beside.json                what stage 7 measured of other recipes' models
     <recipe>/exp/<corpus>-<scale>/labels/<phase>/summary.json   pseudo-labels, from local/pseudo_label.py
     <recipe>/exp/<corpus>-<scale>/init/                         first weights of phases
 
@@ -23,6 +24,7 @@ The result is one plain dict, which is also what report.json holds:
                   "is_extracted", "learns_from", "label_set", "labelled_by", "is_stale", "is_unlike"}],
      "labels":  [{"name", "labelled_by", "summary": {...} or None}],
      "records": [record, ...],              every decoding of every phase, phases in the order above
+     "beside":  {recipe/phase: {...}},      like "export": other recipes' models, measured with these
      "comparisons": [],                     paired ones, put here by who can make them (decode/compare.py)
      "stages":  [{"stage", "name", "seconds"}],
      "corpus_summary": {...} or None,       corpus.json of the synthetic corpus
@@ -110,14 +112,16 @@ def collect(exp_dir: Path, corpus_json: Optional[Path] = None) -> Dict[str, Any]
     phases = arrange(phases, exp_dir, labels)
     order = [p["name"] for p in phases]
     records.sort(key=lambda r: order.index(r["phase"]))
-    beside, gaps = read_beside(exp_dir)
-    missing += gaps
     stages = _read_stages(exp_dir / "stages.jsonl", order)
     if not stages:
         missing.append("stage times (no stages.jsonl: the stages were not run by run.sh)")
     missing += (
         checks.mark_stale(phases, stages, labels) + checks.mark_unlike(phases) + checks.not_there(phases)
     )
+    beside: Dict[str, Dict[str, Any]] = {}
+    if any(p["export"] and not p["export"]["is_stale"] and not p["is_stale"] for p in phases):
+        beside, gaps = read_beside(exp_dir)
+        missing += gaps
     corpus, scale = _corpus_and_scale(exp_dir.name, phases, records)
     summary = _read_corpus(corpus_json, phases)
     is_synthetic = corpus.startswith("synthetic")

@@ -75,7 +75,7 @@ def device_tables(report: Dict[str, Any]) -> List[Summary]:
 
 def test_sets(report: Dict[str, Any]) -> List[str]:
     """Those that the gates decoded, in their order."""
-    rows = [row for export in _exports(report).values() for row in _words(export)]
+    rows = [row for export in _measured(report).values() for row in _words(export)]
     return list(dict.fromkeys(row["test_set"] for row in rows))
 
 
@@ -239,8 +239,7 @@ def _exports(report: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
 
 def _measured(report: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
     """_exports and, as recipe/phase, those of other recipes that were measured with them."""
-    own = _exports(report)
-    return {**own, **report["beside"]} if own else {}
+    return {**_exports(report), **report["beside"]}
 
 
 def _words(export: Dict[str, Any], implementation: Optional[str] = None, **wanted: Any) -> List[Dict]:

@@ -6,10 +6,11 @@
 beside.json                  what that run measured of other recipes' models, and where these are
 """
 
+import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from transducer_kd.log import read_json
+from transducer_kd.log import UserError, read_json
 from transducer_kd.report.fields import Maybe, check
 
 _MEND = "run stage 7 again"
@@ -17,7 +18,7 @@ _ORIGIN = {"commit": str, "command": str}
 _MODEL = {
     **_ORIGIN,
     "checkpoint": str,
-    "files": {str: {"bytes": int}},
+    "files": {str: {"bytes": int, "sha256": str}},
     "int8": Maybe({"relaxed": [{"module": str, "how": str}]}),
 }
 _WORDS = {
@@ -79,7 +80,7 @@ _RUN = {
 }
 _MEASURED = {"checkpoint": str, "rows": [_TIMING]}
 _BENCH = {**_RUN, **_MEASURED}
-_BESIDE = {**_RUN, "models": [{"name": str, "folder": str, **_MEASURED}]}
+_BESIDE = {**_RUN, "models": [{"name": str, "folder": str, "sha256": {str: str}, **_MEASURED}]}
 
 
 def read_export(
@@ -118,10 +119,11 @@ def read_export(
 
 
 def read_beside(exp_dir: Path) -> Tuple[Dict[str, Dict[str, Any]], List[str]]:
-    """Other recipes' models that were measured with those of `exp_dir`, and a sentence for each that is gone.
+    """Other recipes' models that were measured with those of `exp_dir`, and a sentence for each that is gone,
+    another by now, or damaged.
 
     Returns {recipe/phase: {"model", "gate", "bench"}}, as read_export gives them, of those exports that are
-    still what was measured. Raises UserError that names a damaged file and its field.
+    still what was measured. Raises UserError where beside.json itself is damaged.
     """
     run = _read(exp_dir / "beside.json", _BESIDE)
     if run is None:
@@ -129,13 +131,20 @@ def read_beside(exp_dir: Path) -> Tuple[Dict[str, Dict[str, Any]], List[str]]:
     about = {name: run[name] for name in _RUN}
     found, gaps = {}, []
     for measured in run["models"]:
-        name, folder = measured["name"], exp_dir / measured["folder"]
-        model = _read(folder / "model.json", _MODEL)
-        bench = {**about, **{field: measured[field] for field in _MEASURED}}
-        if model is None or not _is_of(bench, model):
+        name, folder = measured["name"], Path(os.path.normpath(exp_dir / measured["folder"]))
+        try:
+            model, gate = _read(folder / "model.json", _MODEL), _read(folder / "gate.json", _GATE)
+        except UserError as error:  # another recipe's
+            gaps.append(f"{name}, which was measured beside these: {error} of that recipe")
+            continue
+        if (
+            not model
+            or {file: known["sha256"] for file, known in model["files"].items()} != measured["sha256"]
+        ):
             gaps.append(f"{name}, which was measured beside these and is another or gone by now: {_MEND}")
-        else:
-            found[name] = {"model": model, "gate": _read(folder / "gate.json", _GATE), "bench": bench}
+            continue
+        bench = {**about, **{field: measured[field] for field in _MEASURED}}
+        found[name] = {"model": model, "gate": gate, "bench": bench}
     return found, gaps
 
 

@@ -333,13 +333,11 @@ def _point(report: Dict[str, Any], phase: str, mode: str) -> Dict[str, Any]:
 
 
 def _device_colours(report: Dict[str, Any], shown: Sequence[device.Deployed]) -> Dict[str, str]:
-    """{phase: its colour}; models of other recipes have those that are left."""
-    own = {
-        d.phase: _point(report, d.phase, d.mode)["color"] for d in shown if d.phase not in report["beside"]
-    }
+    """{phase: its colour}; models of other recipes have those that no phase of this one has, if there are."""
+    own = {p["name"]: _point(report, p["name"], "offline")["color"] for p in report["phases"]}
     others = dict.fromkeys(d.phase for d in shown if d.phase not in own)
     left = [colour for colour in _COLOURS if colour not in own.values()]
-    return {**own, **dict(zip(others, cycle(left)))}
+    return {**own, **dict(zip(others, cycle(left or _COLOURS)))}
 
 
 def _of_precision(colours: Dict[str, str], d: device.Deployed) -> Dict[str, Any]:
