@@ -14,8 +14,8 @@ int8: a WER at most 0.3 worse), and on odd inputs, those made of dev recordings 
 test part, of which int8 may understand one in ten differently. What was found is printed and kept in
 gate.json. The exit status is 1 unless the gate is passed; the folder stays in any case.
 
-run.sh does this as stage 7, and replaces what was exported by hand with other options, or without its gate. For
-a folder that stays as it is, name another --output-dir.
+run.sh does this as stage 7, which replaces what was exported into <exp-dir>/export by hand. For a folder that
+stays as it is, name another --output-dir.
 
 A model of two modes gets its own of each; one that only streams hears whole utterances with its chunks.
 """
@@ -111,6 +111,9 @@ def main() -> int:
         "bpe_sha256": loaded.tokenizer.sha256,
         **run,
     }
+    if args.output_dir.resolve() == (args.exp_dir / "export").resolve():
+        # run.sh's mark: what follows was made with other options, perhaps without its gate.
+        (args.exp_dir / ".done-export").unlink(missing_ok=True)
     folder, parts = write_folder(
         args.output_dir,
         main_mode.model,

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -171,6 +172,16 @@ def test_an_earlier_gate_does_not_outlive_the_folder_that_it_was_of(export, tmp_
     (tmp_path / "streaming/gate.json").write_text("{}")
     _, folder = export("streaming", "--skip-gate")
     assert not (folder / "gate.json").exists()
+
+
+def test_an_export_by_hand_takes_the_mark_of_run_sh_away(export, trained):
+    mark = trained / "streaming" / ".done-export"
+    mark.touch()
+    export("streaming", "--skip-gate")
+    assert mark.exists(), "that was another folder"
+    _, folder = export("streaming", "--skip-gate", "--output-dir", str(trained / "streaming" / "export"))
+    assert not mark.exists()
+    shutil.rmtree(trained / "streaming" / "export")
 
 
 @pytest.mark.parametrize(
