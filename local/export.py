@@ -77,6 +77,8 @@ def main() -> int:
     args = parse_arguments()
     setup_logging()
     # Imported late: --help and a mistyped option should answer at once.
+    import torch
+
     from transducer_kd import build
     from transducer_kd.data.features import FeatureExtractor
     from transducer_kd.export import implementations, parity
@@ -88,6 +90,9 @@ def main() -> int:
     from transducer_kd.train.experiment import git_commit
 
     check_target(args.output_dir)
+    # One utterance at a time has no work for more, and where anything else is on the cores they wait for each
+    # other, twenty times as long.
+    torch.set_num_threads(1)
     loaded = build.load_model(
         args.exp_dir, args.epoch, args.avg, args.use_averaged_model, lang_dir=args.lang_dir
     )
