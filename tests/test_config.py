@@ -227,10 +227,6 @@ DISTILL = ["objective=distill", "distill.weight=1"]
             r"distill\.begin_step=9 is after the last update, train\.max_steps=9",
         ),  # fmt: skip
         (
-            ["spec_augment.begin_step=9", "spec_augment.end_step=9"],
-            r"spec_augment\.end_step=9 is not after begin_step=9",
-        ),
-        (
             [*DISTILL, *TEACHER, "distill.begin_step=9"],
             r"distill\.begin_step and ramp_steps are for objective dual_mode, .*distill",
         ),

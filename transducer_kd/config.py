@@ -194,7 +194,6 @@ class Wav2Vec2Config:
 class SpecAugmentConfig:
     enabled: bool = True
     begin_step: int = 0  # update from which on: fresh weights begin to emit sooner without
-    end_step: int = 0  # update from which on no longer: the last ones are for speech as it is; 0: never
     num_time_masks: int = 10
     max_time_mask_frames: int = 100
     max_time_mask_fraction: float = 0.15  # of an utterance, all time masks together

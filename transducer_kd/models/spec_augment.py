@@ -13,9 +13,7 @@ from transducer_kd.models.masks import valid_mask
 
 
 class SpecAugment(nn.Module):
-    """Returns an augmented copy in training mode from update begin_step to before end_step, otherwise its
-    input.
-    """
+    """Returns an augmented copy in training mode from update begin_step on, otherwise its input."""
 
     def __init__(self, cfg: SpecAugmentConfig) -> None:
         super().__init__()
@@ -25,8 +23,7 @@ class SpecAugment(nn.Module):
         """x (N, T, C), x_lens (N,), step: updates so far -> (N, T, C). Masked values become the utterance's
         mean; padding stays as it is.
         """
-        has_ended = 0 < self.cfg.end_step <= step
-        if not (self.training and self.cfg.enabled and step >= self.cfg.begin_step) or has_ended:
+        if not (self.training and self.cfg.enabled and step >= self.cfg.begin_step):
             return x
         valid = valid_mask(x_lens, x.size(1)).unsqueeze(-1)
         masked = (self._time_masks(x, x_lens) | self._feature_masks(x)) & valid
