@@ -17,8 +17,9 @@ from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 from transducer_kd.config import PhaseConfig, to_dict
 from transducer_kd.data.tokenizer import Tokenizer
 from transducer_kd.export import parity
+from transducer_kd.export.card import write_card
 from transducer_kd.export.dev_speech import DevSpeech, Loss
-from transducer_kd.export.folder import open_folder
+from transducer_kd.export.folder import ModelFolder, open_folder
 from transducer_kd.log import UserError
 from transducer_kd.models.supernet import Supernet
 from transducer_kd.train.checkpoint import save_checkpoint
@@ -165,6 +166,13 @@ def test_the_gate_can_be_left_out(export):
     status, folder = export("streaming", "--skip-gate")
     assert status == 0 and not (folder / "gate.json").exists()
     assert "Not measured" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("corpus, is_told", [("synthetic", True), ("librispeech", False)])
+def test_the_card_tells_synthetic_speech(export, corpus, is_told):
+    _, folder = export("streaming", "--skip-gate")
+    write_card(ModelFolder(folder, {**open_folder(folder).info, "corpus": corpus}), None)
+    assert ("Synthetic speech" in (folder / "README.md").read_text()) is is_told
 
 
 def test_an_earlier_gate_does_not_outlive_the_folder_that_it_was_of(export, tmp_path):

@@ -6,6 +6,7 @@ from transducer_kd.export.folder import ModelFolder
 from transducer_kd.log import atomic_write
 
 _FRAME_MS = 40  # of an encoder frame
+_SYNTHETIC = "**Synthetic speech, in training and test: not comparable with figures of real speech.**"
 _NAMES = {"pytorch": "PyTorch", "chunks": "PyTorch, by chunks", "onnx": "float", "int8": "int8"}
 
 
@@ -35,6 +36,7 @@ def _lines(folder: ModelFolder, gate: Optional[Dict[str, Any]]) -> List[str]:
         "",
         "## Word error rates",
         "",
+        *([_SYNTHETIC, ""] if info["corpus"].startswith("synthetic") else []),
         *_gate_lines(gate),
         "",
         "## Where it is from",
