@@ -363,6 +363,18 @@ def exported_anew(export):
     change(export / "model.json", files=lambda files: {n: {**f, "sha256": "1"} for n, f in files.items()})
 
 
+@pytest.mark.parametrize("name", ["dual_mode/extracted", "a_long_recipe/with_quite_a_long_phase", "a/b"])
+def test_the_legend_stays_on_the_page(root, beside, name):
+    change(
+        root / "beside.json", models=lambda models: [{**models[0], "name": f"{name}{i}"} for i in range(5)]
+    )
+    figure = plots.wer_on_device(collect.collect(root))
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+
+
 @pytest.mark.parametrize(
     "harm, told",
     [

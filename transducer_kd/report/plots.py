@@ -249,7 +249,11 @@ def wer_on_device(report: Dict[str, Any]) -> Figure:
         {name: {"color": _INK, "marker": shape, "linestyle": "none"} for name, shape in shapes.items()}
     )
     handles = [panels[0].plot([], [], label=name, **style)[0] for name, style in who.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
+    # About what a letter and a mark take; constrained layout lets a legend that is too wide run off the page.
+    width = 0.075 * max(map(len, who)) + 0.6
+    columns = max(1, min(len(handles), 5, int(figure.get_figwidth() / width)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+    figure.set_figheight(3.4 + 0.2 * math.ceil(len(handles) / columns))
     return figure
 
 
