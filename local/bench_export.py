@@ -104,7 +104,7 @@ def main() -> int:
             {
                 "name": name,
                 "folder": os.path.relpath(folder.path.resolve(), base),
-                "sha256": {file: known["sha256"] for file, known in folder.info["files"].items()},
+                "files": folder.info["files"],
                 **measured(name, folder),
             }
             for name, folder in others.items()

@@ -141,12 +141,19 @@ train() {
 # A teacher that another recipe has trained alike need not be trained again: train.py is told of every phase of the same
 # name, corpus and scale whose data were made with the same options, and compares the configurations itself.
 add_reusable() {
-  local mark made_with
+  local folder made_with
   [ "$(config_value "$1" teacher.kind)$(config_value "$1" init.exp_dir)" = none ] || return 0
   made_with=$(feature_fingerprint "$1")
-  for mark in "${egs_dir#"$root"/}"/*/exp/"$corpus_name-$scale/$1/.done"; do
-    [ -e "$mark" ] && [ "$mark" != "$exp_root/$1/.done" ] || continue
-    [[ $(cat "$mark") != "$made_with"$'\n'* ]] || arguments+=(--reuse "${mark%/.done}")
+  while read -r folder; do
+    arguments+=(--reuse "$folder")
+  done < <(made_elsewhere "$1" .done "$made_with")
+}
+# The folders of phases $1, a name or *, of other recipes, of this corpus and scale, whose mark $2 begins with the lines $3.
+made_elsewhere() {
+  local mark
+  for mark in "${egs_dir#"$root"/}"/*/exp/"$corpus_name-$scale"/$1/"$2"; do
+    [ -e "$mark" ] && [[ $mark != "$exp_root/"* && $(cat "$mark") == "$3"$'\n'* ]] || continue
+    echo "${mark%/*}"
   done
 }
 
@@ -292,16 +299,14 @@ export_phase() {
 # The model folders of other recipes' phases, of this corpus and scale, that passed their gates and were not trained anew
 # since: they are measured in the same run. What such a phase was made from is that recipe's business.
 exported_elsewhere() {
-  local made_with phase mark
+  local phase made_with
   made_with=$(data_fingerprint)
-  for phase in "${egs_dir#"$root"/}"/*/exp/"$corpus_name-$scale"/*/; do
-    phase=${phase%/}
-    case $phase in "$exp_root"/* | *.old-*) continue ;; esac # set aside by train.py
-    [ -e "$phase/.done" ] && [ -e "$phase/.done-export" ] && [ -e "$phase/export/model.json" ] || continue
-    mark=$(cat "$phase/.done-export")
-    [[ $mark == "$made_with"$'\n'* && $mark == *$'\n'"$(sed -n '$p' "$phase/.done")"$'\n'* ]] || continue
+  while read -r phase; do
+    case $phase in *.old-*) continue ;; esac # set aside by train.py
+    [ -e "$phase/.done" ] && [ -e "$phase/export/model.json" ] || continue
+    [[ $(cat "$phase/.done-export") == *$'\n'"$(sed -n '$p' "$phase/.done")"$'\n'* ]] || continue
     echo "$phase/export"
-  done
+  done < <(made_elsewhere "*" .done-export "$made_with")
 }
 # Measures the model folders $@ and, beside them, the `others` of export_stage. What a smoke run measures is no result: a
 # few turns do.

@@ -187,7 +187,7 @@ def test_an_export_by_hand_takes_the_mark_of_run_sh_away(export, trained):
     mark.touch()
     export("streaming", "--skip-gate")
     assert mark.exists(), "that was another folder"
-    _, folder = export("streaming", "--skip-gate", "--output-dir", str(trained / "streaming" / "export"))
+    export("streaming", "--skip-gate", "--output-dir", str(trained / "streaming" / "export"))
     assert not mark.exists()
     shutil.rmtree(trained / "streaming" / "export")
 

@@ -331,9 +331,8 @@ def beside(root):
     write_bench(export, (2.0, 8.0), (16.0, 64.0))
     run = json.loads((export / "bench.json").read_text())
     measured = {name: run.pop(name) for name in ("checkpoint", "rows")}
-    files = json.loads((export / "model.json").read_text())["files"]
+    measured["files"] = json.loads((export / "model.json").read_text())["files"]
     measured.update(name="dual_mode/extracted", folder=os.path.relpath(export, root))
-    measured["sha256"] = {name: known["sha256"] for name, known in files.items()}
     write_json(root / "beside.json", {**run, "models": [measured]})
     (export / "bench.json").unlink()
     return export

@@ -33,8 +33,7 @@ class SilenceMixer:
 
     def __init__(self, prob: float, extractor: FeatureExtractor, max_duration_s: float):
         self.prob, self.extractor = prob, extractor
-        self.growth_s = max(_GROWTH_SHARE * max_duration_s, _LEAST_GROWTH_S)
-        self.max_duration_s = max_duration_s
+        self.most_s = max_duration_s + max(_GROWTH_SHARE * max_duration_s, _LEAST_GROWTH_S)
 
     def is_due(self, rng: random.Random) -> bool:
         """Whether the batch that `rng` belongs to gets silence."""
@@ -46,7 +45,7 @@ class SilenceMixer:
         """(T,C) of each utterance of a batch, with silence before and after where it may grow, and of one
         more that has no words."""
         # Padding makes every utterance as long as the longest, the one without words included.
-        room_s = (self.max_duration_s + self.growth_s) / (len(features) + 1)
+        room_s = self.most_s / (len(features) + 1)
         longest_s = FRAME_SHIFT_S * max(map(len, features))
         around_s = _at_most((room_s - longest_s) / 2, _AROUND_S)
         without_s = _at_most(room_s, _WITHOUT_WORDS_S)

@@ -42,8 +42,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 from transducer_kd.log import UserError, read_json, read_jsonl
-from transducer_kd.report import checks
-from transducer_kd.report.exports import read_beside, read_export
+from transducer_kd.report import checks, exports
 from transducer_kd.report.fields import Maybe, check
 from transducer_kd.report.phases import arrange, is_extracted, is_pretraining
 
@@ -104,7 +103,7 @@ def collect(exp_dir: Path, corpus_json: Optional[Path] = None) -> Dict[str, Any]
         if phase["params_deployed"] is None:
             # A method that leaves the second pass out deploys less than the phase holds.
             phase["params_deployed"] = max((r["params_deployed"] for r in own), default=None)
-        phase["export"], gaps = read_export(folder, phase["ended"], own)
+        phase["export"], gaps = exports.read_export(folder, phase["ended"], own)
         missing += gaps
         phases.append(phase)
         records.extend({**record, "phase": folder.name} for record in own)
@@ -119,8 +118,8 @@ def collect(exp_dir: Path, corpus_json: Optional[Path] = None) -> Dict[str, Any]
         checks.mark_stale(phases, stages, labels) + checks.mark_unlike(phases) + checks.not_there(phases)
     )
     beside: Dict[str, Dict[str, Any]] = {}
-    if any(p["export"] and not p["export"]["is_stale"] and not p["is_stale"] for p in phases):
-        beside, gaps = read_beside(exp_dir)
+    if exports.current(phases):
+        beside, gaps = exports.read_beside(exp_dir)
         missing += gaps
     corpus, scale = _corpus_and_scale(exp_dir.name, phases, records)
     summary = _read_corpus(corpus_json, phases)

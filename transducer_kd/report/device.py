@@ -100,7 +100,7 @@ def device_rows(report: Dict[str, Any], is_short: bool = False) -> List[Row]:
 
 def words_rows(report: Dict[str, Any]) -> List[Row]:
     """One row per phase, mode, pass and test set; only a header where no gate was run."""
-    known = _exports(report)
+    known = exports.current(report["phases"])
     has_las = any(row["two_pass"] for export in known.values() for row in _words(export))
     rows = [["phase", "mode", *(["pass"] if has_las else []), "test set"]]
     rows[0] += ["PyTorch WER %", "by chunks identical %", "float WER %", "float identical %"]
@@ -141,7 +141,7 @@ def speed_rows(report: Dict[str, Any]) -> List[Row]:
 def odd_rows(report: Dict[str, Any]) -> List[Row]:
     """One row per odd input whose words differ; only a header where all are the same."""
     rows = [["phase", "mode", "input", *_NAMES.values()]]
-    for name, export in _exports(report).items():
+    for name, export in exports.current(report["phases"]).items():
         for odd in (export["gate"] or {}).get("odd", []):
             if not odd["same"]:
                 words = [odd["words"].get(implementation) for implementation in _NAMES]
@@ -171,7 +171,7 @@ def device_notes(report: Dict[str, Any]) -> List[str]:
 
 def words_notes(report: Dict[str, Any]) -> List[str]:
     """How the columns of words_rows are to be read, and what int8 leaves in float."""
-    known = _exports(report)
+    known = exports.current(report["phases"])
     gates = [export["gate"] for export in known.values() if export["gate"]]
     limits = dict.fromkeys((100 * gate["least_identical"], gate["most_worse"]) for gate in gates)
     wanted = [
@@ -193,17 +193,7 @@ def speed_notes(report: Dict[str, Any]) -> List[str]:
     for export in _measured(report).values():
         bench = export["bench"]
         if bench:
-            names = (
-                "reference",
-                "runtime",
-                "num_threads",
-                "turns",
-                "audio_s",
-                "stream_s",
-                "commit",
-                "command",
-            )
-            runs.setdefault(tuple(bench[name] for name in names), bench)
+            runs.setdefault(tuple(bench[name] for name in exports.RUN), bench)
     if not runs:
         return []
     bench = next(iter(runs.values()))
@@ -231,15 +221,9 @@ def _summary(title: str, rows: List[Row], notes: List[str]) -> Summary:
     return Summary(title, rows, notes, [i for i, name in enumerate(rows[0]) if name in _TEXT], "")
 
 
-def _exports(report: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
-    """{phase: what was exported of it}, without stale ones."""
-    known = [p for p in report["phases"] if p["export"] and not p["is_stale"]]
-    return {p["name"]: p["export"] for p in known if not p["export"]["is_stale"]}
-
-
 def _measured(report: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
-    """_exports and, as recipe/phase, those of other recipes that were measured with them."""
-    return {**_exports(report), **report["beside"]}
+    """The own exports and, as recipe/phase, those of other recipes that were measured with them."""
+    return {**exports.current(report["phases"]), **report["beside"]}
 
 
 def _words(export: Dict[str, Any], implementation: Optional[str] = None, **wanted: Any) -> List[Dict]:

@@ -15,10 +15,11 @@ from transducer_kd.report.fields import Maybe, check
 
 _MEND = "run stage 7 again"
 _ORIGIN = {"commit": str, "command": str}
+_FILES = {str: {"bytes": int, "sha256": str}}
 _MODEL = {
     **_ORIGIN,
     "checkpoint": str,
-    "files": {str: {"bytes": int, "sha256": str}},
+    "files": _FILES,
     "int8": Maybe({"relaxed": [{"module": str, "how": str}]}),
 }
 _WORDS = {
@@ -69,7 +70,7 @@ _TIMING = {
     "first_minute": Maybe(_MINUTE),
     "last_minute": Maybe(_MINUTE),
 }
-_RUN = {
+RUN = {  # what is the same for all that one run of the benchmark measured
     **_ORIGIN,
     "reference": str,
     "num_threads": int,
@@ -79,8 +80,8 @@ _RUN = {
     "stream_s": float,
 }
 _MEASURED = {"checkpoint": str, "rows": [_TIMING]}
-_BENCH = {**_RUN, **_MEASURED}
-_BESIDE = {**_RUN, "models": [{"name": str, "folder": str, "sha256": {str: str}, **_MEASURED}]}
+_BENCH = {**RUN, **_MEASURED}
+_BESIDE = {**RUN, "models": [{"name": str, "folder": str, "files": _FILES, **_MEASURED}]}
 
 
 def read_export(
@@ -118,6 +119,12 @@ def read_export(
     return export, gaps
 
 
+def current(phases: Sequence[Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
+    """{phase: what was exported of it}, without stale exports and those of stale phases."""
+    exported = [p for p in phases if p["export"] and not p["is_stale"]]
+    return {p["name"]: p["export"] for p in exported if not p["export"]["is_stale"]}
+
+
 def read_beside(exp_dir: Path) -> Tuple[Dict[str, Dict[str, Any]], List[str]]:
     """Other recipes' models that were measured with those of `exp_dir`, and a sentence for each that is gone,
     another by now, or damaged.
@@ -128,7 +135,7 @@ def read_beside(exp_dir: Path) -> Tuple[Dict[str, Dict[str, Any]], List[str]]:
     run = _read(exp_dir / "beside.json", _BESIDE)
     if run is None:
         return {}, []
-    about = {name: run[name] for name in _RUN}
+    about = {name: run[name] for name in RUN}
     found, gaps = {}, []
     for measured in run["models"]:
         name, folder = measured["name"], Path(os.path.normpath(exp_dir / measured["folder"]))
@@ -137,10 +144,7 @@ def read_beside(exp_dir: Path) -> Tuple[Dict[str, Dict[str, Any]], List[str]]:
         except UserError as error:  # another recipe's
             gaps.append(f"{name}, which was measured beside these: {error} of that recipe")
             continue
-        if (
-            not model
-            or {file: known["sha256"] for file, known in model["files"].items()} != measured["sha256"]
-        ):
+        if model is None or model["files"] != measured["files"]:
             gaps.append(f"{name}, which was measured beside these and is another or gone by now: {_MEND}")
             continue
         bench = {**about, **{field: measured[field] for field in _MEASURED}}

@@ -31,6 +31,8 @@ _COLOURS = (
     "#b08b5e",
 )  # fmt: skip
 
+_WIDTH = 9.2  # inches, of every figure
+
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "transducer_kd",  # the same figure gives the same file
@@ -223,7 +225,13 @@ def wer_on_device(report: Dict[str, Any]) -> Figure:
     shown = [d for d in device.deployed(report) if d.words and not d.has_las]
     shapes = dict(zip(device.test_sets(report), cycle("osD^vX")))
     colours = _device_colours(report, shown)
-    figure, panels = _panels(2, height=3.8)
+    who = {f"{d.phase} {d.precision}": {**_of_precision(colours, d), "marker": "o"} for d in shown}
+    who.update(
+        {name: {"color": _INK, "marker": shape, "linestyle": "none"} for name, shape in shapes.items()}
+    )
+    # About what a letter and a mark take; constrained layout lets a legend that is too wide run off the page.
+    columns = max(1, min(len(who), 5, int(_WIDTH / (0.075 * max(map(len, who)) + 0.6))))
+    figure, panels = _panels(2, height=3.4 + 0.2 * math.ceil(len(who) / columns))
     sizes = [(1e-6 * d.bytes, d) for d in shown]
     times = [(d.timing["rtf"], d) for d in shown if d.timing]
     for panel, places, label in zip(panels, (sizes, times), ("MB on disk", "real-time factor")):
@@ -244,16 +252,8 @@ def wer_on_device(report: Dict[str, Any]) -> Figure:
     for panel in panels:
         panel.set_ylim(0, 1.1 * highest or 1)
     panels[0].set_ylabel("WER %")
-    who = {f"{d.phase} {d.precision}": {**_of_precision(colours, d), "marker": "o"} for d in shown}
-    who.update(
-        {name: {"color": _INK, "marker": shape, "linestyle": "none"} for name, shape in shapes.items()}
-    )
     handles = [panels[0].plot([], [], label=name, **style)[0] for name, style in who.items()]
-    # About what a letter and a mark take; constrained layout lets a legend that is too wide run off the page.
-    width = 0.075 * max(map(len, who)) + 0.6
-    columns = max(1, min(len(handles), 5, int(figure.get_figwidth() / width)))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
-    figure.set_figheight(3.4 + 0.2 * math.ceil(len(handles) / columns))
     return figure
 
 
@@ -322,7 +322,6 @@ def stage_times(report: Dict[str, Any]) -> Figure:
 
 def _point(report: Dict[str, Any], phase: str, mode: str) -> Dict[str, Any]:
     """How a system is drawn in all figures: a colour per phase and its control, a shape per role and mode."""
-    owners = {p["name"]: p["control_of"] or p["name"] for p in report["phases"]}
     role = next(p["role"] for p in report["phases"] if p["name"] == phase)
     tells_mode = not has_named(report) or len({r["mode"] for r in report["records"]}) > 1
     if mode == "streaming" and tells_mode:
@@ -331,14 +330,21 @@ def _point(report: Dict[str, Any], phase: str, mode: str) -> Dict[str, Any]:
         of_control = "P" if phase.endswith(NO_KD) else "X"
         distilled = "D" if phase in sidelines(report["phases"]) else "o"
         marker = {"teacher": "s", "control": of_control}.get(role, distilled)
-    use, index = divmod(list(dict.fromkeys(owners.values())).index(owners[phase]), len(_COLOURS))
-    style = {"color": _COLOURS[index], "marker": marker, "markersize": 5 if role == "control" else 6}
+    colour, use = _colour(report, phase)
+    style = {"color": colour, "marker": marker, "markersize": 5 if role == "control" else 6}
     return {**style, "linestyle": "none", "fillstyle": "left" if use else "full"}
+
+
+def _colour(report: Dict[str, Any], phase: str) -> Tuple[str, int]:
+    """That of a phase and its control, and how many phases had it before."""
+    owners = {p["name"]: p["control_of"] or p["name"] for p in report["phases"]}
+    use, index = divmod(list(dict.fromkeys(owners.values())).index(owners[phase]), len(_COLOURS))
+    return _COLOURS[index], use
 
 
 def _device_colours(report: Dict[str, Any], shown: Sequence[device.Deployed]) -> Dict[str, str]:
     """{phase: its colour}; models of other recipes have those that no phase of this one has, if there are."""
-    own = {p["name"]: _point(report, p["name"], "offline")["color"] for p in report["phases"]}
+    own = {p["name"]: _colour(report, p["name"])[0] for p in report["phases"]}
     others = dict.fromkeys(d.phase for d in shown if d.phase not in own)
     left = [colour for colour in _COLOURS if colour not in own.values()]
     return {**own, **dict(zip(others, cycle(left or _COLOURS)))}
@@ -365,7 +371,7 @@ def _labels(systems: Sequence[Tuple[str, str, str]]) -> List[str]:
 
 
 def _panels(count: int, height: float, share_y: bool = False) -> Tuple[Figure, Sequence[Axes]]:
-    figure = Figure(figsize=(9.2, height), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     return figure, figure.subplots(1, count, squeeze=False, sharey=share_y)[0]
 
 
