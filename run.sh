@@ -16,9 +16,9 @@ usage() {
   cat <<HELP
 usage: ./run.sh [--recipe NAME] [options]
 
-  ./run.sh                                                    everything, on speech it makes itself (40 min, 2 cores)
+  ./run.sh                                                    everything, on speech it makes itself (<50 min, 2 cores)
   ./run.sh --scale smoke                                      the same with tiny models, to see that all is there
-  ./run.sh --controls 1                                       also the students without a teacher (55 min)
+  ./run.sh --controls 1                                       also the students without a teacher (50 min)
   ./run.sh --recipe progressive                               another recipe
   ./run.sh --stage 2 --stop-stage 2 --set optim.lr=1e-3       one stage, with another setting
   ./run.sh --stage 7                                          teacher and student for sherpa-onnx, float and int8
