@@ -138,7 +138,8 @@ def open_beside(paths: Sequence[Path]) -> Dict[str, Any]:
 
 def has_passed(gate: Path) -> bool:
     """Whether a gate was run and passed."""
-    return gate.is_file() and read_json(gate).get("passed") is True
+    found = read_json(gate) if gate.is_file() else None
+    return isinstance(found, dict) and found.get("passed") is True
 
 
 def phase_of(export_dir: Path) -> str:

@@ -129,6 +129,8 @@ def test_other_recipes_are_measured_beside_them(run, exp, other):
         (lambda folder: (folder / "decoder.onnx").unlink(), "decoder.onnx"),
         (lambda folder: (folder / "gate.json").unlink(), "it has not passed its gate"),
         (lambda folder: (folder / "gate.json").write_text('{"passed": false}'), "it has not passed its gate"),
+        (lambda folder: (folder / "gate.json").write_text("[]"), "it has not passed its gate"),
+        (lambda folder: (folder / "gate.json").write_text("{"), "is not valid JSON"),
         (shutil.rmtree, "there is no model folder"),
     ],
 )
