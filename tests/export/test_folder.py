@@ -56,7 +56,11 @@ def test_what_a_folder_offers(streaming_folder, offline_folder, las_folder):
         ),
         (lambda f: (f / "model.json").write_text("[]"), "does not describe a model"),
         (lambda f: edited(f, format=2), "has format 2, and this program reads 1"),
-        (lambda f: edited(f, checkpoint=None, files={}), "model has no decoder.onnx"),
+        (lambda f: edited(f, files={}), "model has no decoder.onnx"),
+        (lambda f: [path.unlink() for path in f.glob("encoder-*")], "model has no encoder;"),
+        (lambda f: edited(f, chunk_size="x"), "chunk_size is 'x', and a whole number belongs there"),
+        (lambda f: edited(f, rescore={"mu": 0.5}), r"has no rescore\.beam_size"),
+        (lambda f: edited(f, rescore=[]), r"has no rescore\.beam_size"),
         (lambda f: (f / "joiner.onnx").unlink(), r"joiner\.onnx is missing, but model\.json names it"),
         (lambda f: (f / "las.onnx").write_bytes(b"half"), r"las\.onnx is not the file that was exported"),
         (lambda f: edited(f, files={"decoder.onnx": 1}), "does not say how large decoder.onnx is"),
@@ -79,8 +83,20 @@ def test_a_copy_of_one_precision_and_of_what_is_run(las_folder, tmp_path, kept, 
         copy.file("joiner", gone)
     said = SherpaStreaming(open_folder(las_folder)).decode(speechlike(16000))
     assert SherpaStreaming(copy, kept).decode(speechlike(16000)) == said != ""
-    (folder.path / file_name("las", kept)).unlink()
-    with pytest.raises(UserError, match=r"las.*onnx is missing, but model\.json names it"):
+    for part in ("las", "encoder-offline"):
+        (folder.path / file_name(part, kept)).unlink()
+    copy = open_folder(folder.path)
+    assert copy.precisions == (kept,) and copy.modes == ("streaming",) and not copy.has_las
+    assert SherpaStreaming(copy, kept).decode(speechlike(16000)) == said
+    (folder.path / file_name("joiner", kept)).unlink()
+    with pytest.raises(UserError, match=r"joiner.*onnx is missing, but model\.json names it"):
+        open_folder(folder.path)
+
+
+def test_of_a_part_that_is_left_out_no_file_may_stay(las_folder, tmp_path):
+    folder = with_int8(las_folder, tmp_path / "model")
+    (folder.path / "encoder-offline.int8.onnx").unlink()
+    with pytest.raises(UserError, match=r"encoder-offline\.int8\.onnx is missing, but model\.json names it"):
         open_folder(folder.path)
 
 

@@ -29,6 +29,10 @@ def test_long_and_empty_values_and_no_metadata(tmp_path):
     with pytest.raises(UserError, match="has no metadata context_size, without"):
         check_metadata(path, "decoder")
     check_metadata(path, "joiner")
+    model.metadata_props[1].value = "two"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match="metadata context_size is 'two', and no whole number"):
+        check_metadata(path, "decoder")
 
 
 @pytest.mark.parametrize(

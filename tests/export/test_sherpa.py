@@ -129,10 +129,10 @@ def test_words_do_not_depend_on_how_audio_is_cut(streaming_folder, piece):
 @pytest.mark.parametrize(
     "kind, folder", [(SherpaStreaming, "streaming_folder"), (TwoPassRecogniser, "las_folder")]
 )
-@pytest.mark.parametrize("pause_s", [0.0, 0.6])
+@pytest.mark.parametrize("pause_s", [0.0, 0.6, 1e9])
 def test_an_utterance_begins_with_a_model_that_has_heard_half_a_pause(kind, folder, pause_s, request):
     recogniser = kind(open_folder(request.getfixturevalue(folder)), pause_s=pause_s)
-    stream, samples, again = recogniser.stream(), speechlike(60000), round(8000 * pause_s)
+    stream, samples, again = recogniser.stream(), speechlike(60000), round(min(8000 * pause_s, 16000))
     begin, restarts, texts = 0, 0, set()
     for end in range(7000, 60001, 7000):
         stream.accept(samples[end - 7000 : end])
@@ -215,3 +215,16 @@ def test_what_a_folder_does_not_have(streaming_folder, offline_folder, tmp_path)
     for recogniser in (SherpaStreaming, SherpaOffline):
         with pytest.raises(UserError, match="tokens.txt is missing; copy the whole folder"):
             recogniser(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda lines: lines[:-1], lambda lines: [*lines[:-1], "x y"], lambda lines: [*lines, lines[-1]]],
+)
+def test_tokens_of_another_model(las_folder, tmp_path, change):
+    folder = open_folder(shutil.copytree(las_folder, tmp_path / "copy"))
+    path = folder.path / "tokens.txt"
+    path.write_text("\n".join(change(path.read_text(encoding="utf-8").splitlines())), encoding="utf-8")
+    for recogniser in (SherpaStreaming, SherpaOffline, TwoPassRecogniser):
+        with pytest.raises(UserError, match=r"tokens\.txt is not of this model.*0 to 39"):
+            recogniser(folder)

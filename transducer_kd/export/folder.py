@@ -12,7 +12,8 @@
     gate.json bench.json     that all implementations agree, and how fast they are
 
 model.json names a file only when it is final, and is written after it: what it names is there, or is damaged.
-A device may have a copy without the files of one precision, and without those that nothing here runs.
+A device may have a copy without the files of one precision, without an encoder that it does not use, without
+the LAS, and without those that nothing here runs.
 """
 
 import hashlib
@@ -28,12 +29,15 @@ PARTS = ("encoder-streaming", "encoder-offline", "decoder", "joiner", "las")
 PRECISIONS = ("float", "int8")
 SCRATCH = ".int8-"  # how the folder in it begins in which int8 files are tried
 _HASHED_AT_ONCE = 1 << 20  # bytes; a device need not hold a file of weights twice
+_MAY_BE_LEFT_OUT = ("encoder-streaming", "encoder-offline", "las")
 _NOT_RUN = {"bpe.model", "model.safetensors"}
 _AGAIN = "export the phase again (local/export.py)"
-_NEEDED = (
-    "phase", "checkpoint", "chunk_size", "left_context", "cache_dim", "num_layers", "conv_frames",
-    "context_size", "joiner_dim", "vocab_size", "files",
-)  # fmt: skip
+_NEEDED = {
+    "phase": str, "checkpoint": str, "chunk_size": int, "left_context": int, "context_size": int,
+    "vocab_size": int, "files": dict,
+}  # fmt: skip
+_NEEDED_OF_LAS = {"beam_size": int, "rescore_nbest": int, "mu": float, "length_weight": float}
+_KINDS = {str: "text", int: "a whole number", float: "a number", dict: "an object"}
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,10 @@ def file_name(part: str, precision: str) -> str:
 def open_folder(path: Path) -> ModelFolder:
     """The model folder `path`, every file compared with its sha256.
 
-    Its info names the files that are there; all ONNX files of one precision may have been left out, and what
-    nothing runs. UserError that names what else is missing or damaged. Nothing unchecked is handed to
-    sherpa-onnx, which ends the process without an exception where a file lacks what it looks for.
+    Its info names the files that are there: those of one precision, of an encoder, of the LAS, and what
+    nothing runs, may have been left out. UserError that names what else is missing or damaged. Nothing
+    unchecked is handed to sherpa-onnx, which ends the process without an exception where a file lacks what it
+    looks for.
     """
     path = Path(path)
     if not path.is_dir():
@@ -122,9 +127,9 @@ def open_folder(path: Path) -> ModelFolder:
         raise UserError(
             f"{path}/model.json has format {info.get('format')}, and this program reads {FORMAT}; {_AGAIN}"
         )
-    missing = [key for key in _NEEDED if key not in info]
-    if missing:
-        raise UserError(f"{path}/model.json has no {missing[0]}; {_AGAIN}")
+    _check_fields(path, info, _NEEDED)
+    if info.get("rescore") is not None:
+        _check_fields(path, info["rescore"], _NEEDED_OF_LAS, "rescore.")
     left_out = _left_out(path, info["files"])
     files = {name: known for name, known in info["files"].items() if name not in left_out}
     for name, known in files.items():
@@ -133,7 +138,19 @@ def open_folder(path: Path) -> ModelFolder:
     for part in ("decoder", "joiner"):
         if not any(folder.has(part, precision) for precision in PRECISIONS):
             raise UserError(f"{path} has no {part}.onnx; {_AGAIN}")
+    if not folder.modes:
+        raise UserError(f"{path} has no encoder; {_AGAIN}")
     return folder
+
+
+def _check_fields(path: Path, found: Any, wanted: Dict[str, type], prefix: str = "") -> None:
+    """Raise UserError where what model.json holds lacks a field, or has it of another type."""
+    for key, kind in wanted.items():
+        if not isinstance(found, dict) or key not in found:
+            raise UserError(f"{path}/model.json has no {prefix}{key}; {_AGAIN}")
+        if not isinstance(found[key], (int, float) if kind is float else kind):
+            wrong = f"{prefix}{key} is {found[key]!r}, and {_KINDS[kind]} belongs there"
+            raise UserError(f"{path}/model.json: {wrong}; {_AGAIN}")
 
 
 def describe(path: Path, about: Dict[str, Any], names: List[str]) -> ModelFolder:
@@ -153,8 +170,10 @@ def _left_out(path: Path, names: Iterable[str]) -> Set[str]:
     """Of the files `names` those that somebody left out when the folder was copied."""
     gone = {name for name in names if not (path / name).exists()}
     left_out = gone & _NOT_RUN
-    for precision in PRECISIONS:
-        own = {file_name(part, precision) for part in PARTS} & set(names)
+    groups = [{file_name(part, precision) for part in PARTS} for precision in PRECISIONS]
+    groups += [{file_name(part, precision) for precision in PRECISIONS} for part in _MAY_BE_LEFT_OUT]
+    for group in groups:
+        own = group & set(names)
         if own <= gone:
             left_out |= own
     return left_out

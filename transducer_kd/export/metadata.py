@@ -18,6 +18,7 @@ NEEDED = {
     "decoder": ("vocab_size", "context_size"),
 }  # fmt: skip
 
+_AGAIN = "export the phase again (local/export.py)"
 _METADATA_PROPS, _KEY, _VALUE = 14, 1, 2  # field numbers of ModelProto and of StringStringEntryProto
 _VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5  # wire types of protobuf
 
@@ -25,12 +26,16 @@ _VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5  # wire types of protobuf
 def check_metadata(path: Path, part: str) -> None:
     """Raise UserError where an ONNX file lacks what sherpa-onnx looks for in this part of a model."""
     found = read_metadata(path)
-    missing = [key for key in NEEDED.get(part, ()) if not found.get(key)]
+    needed = NEEDED.get(part, ())
+    missing = [key for key in needed if not found.get(key)]
     if missing:
         raise UserError(
             f"{path} has no metadata {', '.join(missing)}, without which sherpa-onnx ends the program; "
-            "export the phase again (local/export.py)"
+            f"{_AGAIN}"
         )
+    for key in needed:
+        if key != "model_type" and not found[key].isdigit():
+            raise UserError(f"{path}: metadata {key} is {found[key]!r}, and no whole number; {_AGAIN}")
 
 
 def read_metadata(path: Path) -> Dict[str, str]:
@@ -41,9 +46,7 @@ def read_metadata(path: Path) -> Dict[str, str]:
         ]
         return {e.get(_KEY, b"").decode(): e.get(_VALUE, b"").decode() for e in entries}
     except (IndexError, ValueError):
-        raise UserError(
-            f"{path} is no ONNX file, or damaged; export the phase again (local/export.py)"
-        ) from None
+        raise UserError(f"{path} is no ONNX file, or damaged; {_AGAIN}") from None
 
 
 def _fields(message: bytes) -> Iterator[Tuple[int, bytes]]:

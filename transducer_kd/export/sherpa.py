@@ -22,6 +22,7 @@ from transducer_kd.log import UserError
 SAMPLING_RATE = 16000
 FEATURE_DIM = 80
 FRAME_SAMPLES = 160  # from one feature frame to the next
+TOKENS = "tokens.txt"
 DECODING_METHODS = ("greedy_search", "modified_beam_search")
 
 # As in models/subsampling.py, which imports torch; tests/export/test_sherpa.py compares them.
@@ -30,6 +31,7 @@ LOOKAHEAD_FRAMES = 3
 MIN_FEATURE_FRAMES = 7
 
 PIECE_SAMPLES = SAMPLING_RATE // 2  # samples that a stream takes in before it decodes: memory is for so many
+MOST_AGAIN_S = 1.0  # of a pause that the next utterance hears again
 _NEVER_S = 1e9
 LONGEST_SILENCE = 10 * SAMPLING_RATE  # samples without words after which a stream begins anew, too
 
@@ -109,9 +111,11 @@ class UtteranceStream:
     """Audio that comes piece by piece, utterance by utterance. However it is cut, the words of an utterance
     are the same; audio is forgotten.
 
-    Models know utterances alone: one that goes on after an utterance loses the first words of the next (70
-    test utterances with pauses of 2 s, recipe two_pass at mini: WER 57 %, like this 5 %). So each begins with
-    a model that has heard nothing, and with the second half of the pause, where its first sound may be.
+    Models know utterances alone, and one that goes on after an utterance hardly recognises the next: on 70
+    test utterances with pauses of 2 s (recipe two_pass at mini) sherpa-onnx's own reset of a stream has a WER
+    of 70 %, 65 % where it resets the encoder, too, and this class 3 %. So each utterance begins with a model
+    that has heard nothing, and with the second half of the pause, MOST_AGAIN_S at most, where its first sound
+    may be.
 
     A subclass has _open (a model that has heard nothing), _give (it hears a piece), _run (the chunks that are
     complete; returns how many), _end (no more will come) and text.
@@ -120,7 +124,7 @@ class UtteranceStream:
     def __init__(self, chunk_size: int, pause_s: float):
         """chunk_size: encoder frames; pause_s: what lies between utterances."""
         self._chunk_size, self._is_finished = chunk_size, False
-        self._num_again = round(pause_s / 2 * SAMPLING_RATE)
+        self._num_again = round(min(pause_s / 2, MOST_AGAIN_S) * SAMPLING_RATE)
         self._begin()
 
     def accept(self, samples: np.ndarray) -> None:
@@ -230,6 +234,25 @@ class SherpaOffline:
         return stream.result.text.strip()
 
 
+def read_symbols(folder: ModelFolder) -> List[str]:
+    """What each token id stands for, V of them. UserError where tokens.txt does not fit the model."""
+    path, vocab_size = folder.path / TOKENS, folder.info["vocab_size"]
+    try:
+        lines = path.read_text(encoding="utf-8").strip("\n").split("\n")  # other line ends may be tokens
+        split = (line.rsplit(maxsplit=1) for line in lines)
+        pairs = sorted((int(number), symbol) for symbol, number in split)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; copy the whole folder, or export the phase again") from None
+    except ValueError:
+        pairs = []
+    if [number for number, _ in pairs] != list(range(vocab_size)):
+        raise UserError(
+            f"{path} is not of this model, which has the tokens 0 to {vocab_size - 1}, a line for each with "
+            "the token and its number; copy the whole folder, or export the phase again"
+        )
+    return [symbol for _, symbol in pairs]
+
+
 def _arguments(
     folder: ModelFolder,
     encoder: str,
@@ -247,12 +270,10 @@ def _arguments(
     files = {name: folder.file(part, precision) for name, part in parts.items()}
     for name, part in parts.items():
         check_metadata(files[name], part)
-    tokens = folder.path / "tokens.txt"
-    if not tokens.is_file():
-        raise UserError(f"{tokens} is missing; copy the whole folder, or export the phase again")
+    read_symbols(folder)
     return {
         **{name: str(path) for name, path in files.items()},
-        "tokens": str(tokens),
+        "tokens": str(folder.path / TOKENS),
         "num_threads": num_threads,
         "sample_rate": SAMPLING_RATE,
         "feature_dim": FEATURE_DIM,

@@ -11,7 +11,6 @@ Shapes: S samples in [-1, 1] at 16 kHz, T' encoder frames, D encoder_dim.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import List, Sequence
 
 import numpy as np
@@ -22,7 +21,13 @@ from transducer_kd.decode.greedy import GreedySearcher, Hypothesis
 from transducer_kd.decode.rescore import ScoredNbest, Weights
 from transducer_kd.export.folder import ModelFolder
 from transducer_kd.export.session import Encoded, FeatureStream, OnnxTransducer, features
-from transducer_kd.export.sherpa import LOOKAHEAD_FRAMES, SUBSAMPLING_FACTOR, UtteranceStream, padded
+from transducer_kd.export.sherpa import (
+    LOOKAHEAD_FRAMES,
+    SUBSAMPLING_FACTOR,
+    UtteranceStream,
+    padded,
+    read_symbols,
+)
 from transducer_kd.log import UserError
 
 ENCODER_FRAME_S = 0.04
@@ -66,7 +71,7 @@ class TwoPassRecogniser:
         self.model = OnnxTransducer(folder, precision, num_threads)
         self.model.open(mode)
         self._las = self.model.session("las")
-        self._symbols = _read_symbols(folder.path / "tokens.txt")
+        self._symbols = ["" if s in _SILENT_TOKENS else s for s in read_symbols(folder)]
         self._beam_size = int(folder.rescore["beam_size"])
         self._limit = int(folder.rescore["rescore_nbest"]) or None
         self._weights = Weights(folder.rescore["mu"], folder.rescore["length_weight"])
@@ -169,10 +174,3 @@ class TwoPassStream(UtteranceStream):
 
     def _end(self) -> None:
         self._features.finish()
-
-
-def _read_symbols(path: Path) -> List[str]:
-    """What each token id prints, from tokens.txt; nothing for the special symbols."""
-    lines = path.read_text(encoding="utf-8").strip("\n").split("\n")  # other line ends may be tokens
-    pairs = sorted((int(number), symbol) for symbol, number in (line.rsplit(maxsplit=1) for line in lines))
-    return ["" if symbol in _SILENT_TOKENS else symbol for _, symbol in pairs]
