@@ -6,11 +6,11 @@ The first is what the others are compared with:
   local/bench_export.py --export-dir EXP/teacher/export EXP/student/export --test-parts test-clean,test-other
 
 Every folder is measured as float and as int8, all of them in one run in which they take turns, on speech of
-the test parts. One that can stream does, in pieces of 0.1 s; others hear utterances of 10 s. Real-time factor
-(RTF): processor seconds for a second of audio. It is given with and without the features, which cost the same
-for every model. Latency of a chunk: processor time from the arrival of its last sample to its words. Memory
-is that of a process of its own, which streams for --stream-s seconds; it and the latency, in the first and in
-the last minute, show whether they grow.
+the test parts, utterance by utterance. One that can stream does, in pieces of 0.1 s. Real-time factor (RTF):
+processor seconds for a second of audio. It is given with and without the features, which cost the same for
+every model. Latency of a chunk: processor time from the arrival of its last sample to its words. Memory is
+that of a process of its own, which streams for --stream-s seconds and begins anew at the pauses between
+utterances; it and the latency, in the first and in the last minute, show whether they grow.
 
 Models of other recipes can be measured in the same run, so that their figures compare:
 
@@ -159,21 +159,22 @@ def trained_on(export_dir: Path) -> Path:
     return Path(read_json(config)["data"]["fbank_dir"])
 
 
-def speech(fbank_dir: Path, parts: List[str], seconds: float) -> Any:
-    """Utterances of the parts one after the other, samples (S,), as many as `seconds` need."""
-    import numpy as np
-
+def speech(fbank_dir: Path, parts: List[str], seconds: float) -> List[Any]:
+    """Utterances of the parts, samples (S,) of each, as many as `seconds` need."""
     from transducer_kd.data.datamodule import load_cuts
     from transducer_kd.data.dataset import load_audio
 
-    found, found_s = [], 0.0
+    found: List[Any] = []
+    found_s = 0.0
     for part in parts:
         for cut in load_cuts(fbank_dir, part):
             if found_s >= seconds:
                 break
             found.append(load_audio(cut))
             found_s += cut.duration
-    return np.concatenate(found)
+    if not found:
+        raise UserError(f"no utterance in {', '.join(parts)} of {fbank_dir}; name other --test-parts")
+    return found
 
 
 if __name__ == "__main__":

@@ -48,9 +48,11 @@ def run(monkeypatch):
     monkeypatch.setattr(bench, "Candidate", candidate)
     monkeypatch.setattr(bench.memory, "measure", memory_of)
 
-    def measure(*folders, **amounts):
-        speech = np.zeros(16000, dtype=np.float32)
-        return bench.measure({f.path: f for f in folders}, speech, Amounts(**amounts))
+    def measure(*folders, lengths=(), **amounts):
+        wanted = Amounts(**amounts)
+        lengths = lengths or [round(16000 * wanted.audio_s)]  # of the utterances: one, which is a turn
+        speech = [np.zeros(num_samples, dtype=np.float32) for num_samples in lengths]
+        return bench.measure({f.path: f for f in folders}, speech, wanted)
 
     measure.log = log
     return measure
@@ -72,12 +74,27 @@ def test_a_time_is_the_median_of_the_turns_that_count(run):
     assert first.chunk_ms_p95 == pytest.approx(1000 * (9 + 0.95 * 8))
 
 
-def test_models_take_turns_on_speech_of_the_wanted_length(run):
+def test_models_take_turns_on_whole_utterances_of_the_wanted_length(run):
     names = [Folder("a", [1] * 9, precisions=("float", "int8")), Folder("b", [1] * 9)]
-    run(*names, audio_s=2.5, turns=2, stream_s=130, streams=2)
+    rows = run(*names, lengths=(10000, 22000), audio_s=2.5, turns=2, stream_s=130, streams=2)
     everyone = [("a", "float"), ("a", "int8"), ("b", "float")]
-    turn, stream = ([(*who, size) for who in everyone] for size in (40000, 2 * 130 * 16000))
+    turn = [(*who, size) for who in everyone for size in (10000, 22000, 10000)]
+    stream = [(*who, 2 * 130 * 16000) for who in everyone]
     assert run.log == 3 * turn + 2 * stream
+    assert rows[0].rtf_features == pytest.approx(3 * 2 / (42000 / 16000))
+
+
+def test_pauses_lie_between_the_utterances_of_a_long_stream(run, monkeypatch):
+    streams = []
+    monkeypatch.setattr(bench.memory, "write_pcm", lambda path, samples: streams.append(samples))
+    monkeypatch.setattr(bench.memory, "measure", lambda *_: {"baseline_mb": 1.0, "peak_mb": 1.0, **MINUTES})
+    folder = Folder("a", [1] * 4)
+    bench.measure({"a": folder}, [np.ones(16000), np.ones(8000)], Amounts(1, 1, 6, 1))
+    gap = round(bench.GAP_S * 16000)
+    edges = np.flatnonzero(np.diff(streams[0])) + 1
+    assert (
+        edges.tolist()[:4] == [16000, 16000 + gap, 24000 + gap, 24000 + 2 * gap] and len(streams[0]) == 96000
+    )
 
 
 def test_memory_is_the_median_of_the_processes(run):

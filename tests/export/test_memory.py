@@ -79,3 +79,13 @@ def test_a_process_that_fails_is_one_clear_error(streaming_folder, tmp_path, pcm
     (tmp_path / "export" / "joiner.onnx").unlink()
     with pytest.raises(UserError, match="memory of float ended with status 1 .*joiner.onnx.*PCM_FILE"):
         memory.measure(tmp_path / "export", "float", pcm)
+
+
+@pytest.mark.parametrize(
+    "argv, status, message",
+    [([], 2, "MODEL_DIR"), (["x", "float", "y"], 1, "there is no file y"), (["x", "half", "y"], 2, "choose")],
+)
+def test_by_hand_a_mistake_is_one_line(argv, status, message):
+    command = [sys.executable, "-m", "transducer_kd.export.memory", *argv]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status and message in done.stderr and "Traceback" not in done.stderr

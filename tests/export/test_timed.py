@@ -7,8 +7,8 @@ import pytest
 
 from tests.data.test_features import speechlike
 from transducer_kd.export.folder import open_folder
-from transducer_kd.export.sherpa import num_frames, tail_samples
-from transducer_kd.export.timed import Candidate, Heard, latency_percentiles
+from transducer_kd.export.sherpa import SherpaStreaming, num_frames, tail_samples
+from transducer_kd.export.timed import Candidate, Heard, TimedStream, latency_percentiles
 
 CHUNK = 4  # of the tiny models
 
@@ -31,8 +31,26 @@ def test_every_chunk_of_a_stream_is_timed(streaming_folder, num_samples):
     assert len(heard) == len(given) + 1  # the silence at the end
     frames = num_frames(num_samples + tail_samples(num_samples, CHUNK))
     assert sum(len(piece.chunks_s) for piece in heard) == (frames - 4) // (4 * CHUNK)
-    assert {piece.features_s for piece in heard} == {1}
+    assert {piece.features_s for piece in heard[:-1]} == {1}
     assert {seconds for piece in heard for seconds in piece.chunks_s} == {1}
+
+
+def test_a_stream_says_what_one_without_a_clock_does_and_begins_anew_at_a_pause(streaming_folder):
+    folder, samples = open_folder(streaming_folder), speechlike(40000)
+    for pause_s in (0.0, 0.3):
+        recogniser = SherpaStreaming(folder, pause_s=pause_s)
+        timed, plain, pauses, texts = TimedStream(recogniser), recogniser.stream(), 0, set()
+        for piece in pieces(np.concatenate([samples, np.zeros(16000, np.float32), samples]), 1600):
+            timed.hear(piece)
+            plain.accept(piece)
+            if plain.at_pause():
+                pauses += bool(plain.text())
+                plain.restart()
+            texts.add(timed.text())
+            assert timed.text() == plain.text()
+        timed.end()
+        plain.finish()
+        assert timed.text() == plain.text() and len(texts) > 3 and bool(pauses) is (pause_s > 0)
 
 
 def test_how_a_stream_is_cut_changes_no_number_of_chunks(streaming_folder):

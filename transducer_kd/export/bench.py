@@ -4,14 +4,19 @@ All of them, float and int8, are measured in one run in sherpa-onnx. They take t
 machine does then slows them all; a time is the median over turns, and how many times faster a model is than
 the reference is the median of the ratios within a turn.
 
+Speed is that on utterances, each of which is a stream of its own; memory that of one long stream in which
+pauses lie between them. A stream that goes on from utterance to utterance would say hardly a word after the
+first (sherpa.UtteranceStream), and its search would have nothing to do.
+
 S samples in [-1, 1] at 16 kHz.
 """
 
 import dataclasses
+import itertools
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import sherpa_onnx
@@ -22,6 +27,7 @@ from transducer_kd.export.sherpa import SAMPLING_RATE
 from transducer_kd.export.timed import CPU_TIME, Candidate, Clock, Heard, latency_percentiles
 from transducer_kd.log import UserError, progress
 
+GAP_S = 1.5  # of silence between the utterances of a long stream; more than sherpa.PAUSE_S by a chunk
 RUNTIME = f"sherpa-onnx {sherpa_onnx.__version__}"
 REFERENCE_PRECISION = "float"
 
@@ -52,18 +58,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Amounts:
-    """How much is measured. Speech is repeated to be as long."""
+    """How much is measured. Utterances are repeated to be as long."""
 
-    audio_s: float = 60.0  # of a turn
+    audio_s: float = 60.0  # of a turn, at least: utterances are whole
     turns: int = 25  # that count; there is one before them
     stream_s: float = 300.0  # of a process for the memory
     streams: int = 3  # such processes of every model
 
 
 def measure(
-    folders: Mapping[str, ModelFolder], speech: np.ndarray, amounts: Amounts, clock: Clock = CPU_TIME
+    folders: Mapping[str, ModelFolder],
+    speech: Sequence[np.ndarray],
+    amounts: Amounts,
+    clock: Clock = CPU_TIME,
 ) -> List[Row]:
-    """folders: {phase: its model folder}, the reference first; speech (S,). Rows in that order, float first.
+    """folders: {phase: its model folder}, the reference first; speech: utterances (S,). Rows in that order,
+    float first.
 
     UserError where the reference has no float files.
     """
@@ -75,13 +85,15 @@ def measure(
             "compared; export the phase again (local/export.py)"
         )
     candidates = {(phase, precision): Candidate(folders[phase], precision) for phase, precision in pairs}
-    heard = _in_turns(candidates, _repeated(speech, amounts.audio_s), amounts.turns, clock)
-    memory_of = _memory_in_turns(folders, pairs, _repeated(speech, amounts.stream_s), amounts.streams)
+    utterances = _repeated(speech, amounts.audio_s)
+    audio_s = sum(map(len, utterances)) / SAMPLING_RATE
+    heard = _in_turns(candidates, utterances, amounts.turns, clock)
+    memory_of = _memory_in_turns(folders, pairs, _joined(speech, amounts.stream_s), amounts.streams)
     bytes_of = {pair: folders[pair[0]].bytes(candidates[pair].mode, pair[1]) for pair in pairs}
     seconds = {pair: _seconds(turns) for pair, turns in heard.items()}
     rows = []
     for pair in pairs:
-        rtf = np.median(seconds[pair], axis=0) / amounts.audio_s
+        rtf = np.median(seconds[pair], axis=0) / audio_s
         faster = np.median(seconds[reference] / seconds[pair], axis=0)
         is_stream = candidates[pair].mode == "streaming"
         rows.append(
@@ -99,18 +111,33 @@ def measure(
     return rows
 
 
-def _repeated(speech: np.ndarray, seconds: float) -> np.ndarray:
-    return np.resize(np.asarray(speech, dtype=np.float32), round(seconds * SAMPLING_RATE))
+def _repeated(speech: Sequence[np.ndarray], seconds: float) -> List[np.ndarray]:
+    """Utterances (S,) of at least so many seconds in all."""
+    found, left = [], seconds * SAMPLING_RATE
+    for utterance in itertools.cycle(speech):
+        found.append(np.asarray(utterance, dtype=np.float32))
+        left -= len(utterance)
+        if left <= 0:
+            return found
+
+
+def _joined(speech: Sequence[np.ndarray], seconds: float) -> np.ndarray:
+    """So many seconds (S,) of utterances with pauses between them."""
+    gap = np.zeros(round(GAP_S * SAMPLING_RATE), dtype=np.float32)
+    return np.resize(np.concatenate([x for u in speech for x in (u, gap)]), round(seconds * SAMPLING_RATE))
 
 
 def _in_turns(
-    candidates: Mapping[Pair, Candidate], samples: np.ndarray, turns: int, clock: Clock
+    candidates: Mapping[Pair, Candidate], utterances: Sequence[np.ndarray], turns: int, clock: Clock
 ) -> Dict[Pair, List[List[Heard]]]:
     """What each of them heard in each turn that counts."""
     heard: Dict[Pair, List[List[Heard]]] = {pair: [] for pair in candidates}
     for number in progress(range(turns + 1), desc="turns"):
         for pair, candidate in candidates.items():
-            found = list(candidate.hear(_pieces(samples, candidate.piece_samples), clock))
+            found: List[Heard] = []
+            for samples in utterances:
+                size = candidate.piece_samples if candidate.mode == "streaming" else len(samples)
+                found += candidate.hear(_pieces(samples, size), clock)
             if number > 0:
                 heard[pair].append(found)
     return heard

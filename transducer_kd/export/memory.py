@@ -1,7 +1,7 @@
 """How much memory a stream takes, and whether memory or latency grow as it goes on.
 
-Memory is that of a process of its own that hears audio piece by piece, as a microphone gives it, and reads it
-piece by piece from a file of raw 16-bit samples:
+Memory is that of a process of its own that hears audio piece by piece, as a microphone gives it, begins anew
+at pauses, and reads it piece by piece from a file of raw 16-bit samples:
 
   python -m transducer_kd.export.memory MODEL_DIR PRECISION PCM_FILE
 
@@ -10,23 +10,25 @@ No torch here, nor in what is imported: it would be most of the memory of that p
 S samples in [-1, 1] at 16 kHz.
 """
 
+import argparse
 import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator
+from typing import Any, Dict, Iterator, List, Optional
 
 import numpy as np
 
-from transducer_kd.export.folder import open_folder
-from transducer_kd.export.sherpa import SAMPLING_RATE
+from transducer_kd.export.folder import PRECISIONS, open_folder
+from transducer_kd.export.sherpa import PAUSE_S, SAMPLING_RATE
 from transducer_kd.export.timed import Candidate, latency_percentiles
-from transducer_kd.log import UserError, atomic_write
+from transducer_kd.log import UserError, atomic_write, run_main
 
 MINUTE = 60 * SAMPLING_RATE
 
+_MODULE = "transducer_kd.export.memory"
 _PCM_SCALE = 32768
 _STATUS = Path("/proc/self/status")
 _PROJECT = Path(__file__).resolve().parents[2]
@@ -36,7 +38,7 @@ def measure(folder: Path, precision: str, pcm: Path) -> Dict[str, Any]:
     """What `hear_file` finds in a fresh process. UserError where that fails."""
     paths = [str(_PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
-        [sys.executable, "-m", __name__, str(folder), precision, str(pcm)],
+        [sys.executable, "-m", _MODULE, str(folder), precision, str(pcm)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
@@ -45,8 +47,7 @@ def measure(folder: Path, precision: str, pcm: Path) -> Dict[str, Any]:
         said = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise UserError(
             f"{folder}: the process that measures the memory of {precision} ended with status "
-            f"{done.returncode} ({said[0]}); see it with python -m transducer_kd.export.memory {folder} "
-            f"{precision} PCM_FILE"
+            f"{done.returncode} ({said[0]}); see it with python -m {_MODULE} {folder} {precision} PCM_FILE"
         )
     return json.loads(done.stdout)
 
@@ -60,7 +61,7 @@ def hear_file(folder: Path, precision: str, pcm: Path) -> Dict[str, Any]:
     """
     opened = open_folder(folder)
     baseline = memory_mb("VmRSS")
-    candidate = Candidate(opened, precision)
+    candidate = Candidate(opened, precision, PAUSE_S)
     heard = candidate.hear(read_pcm(pcm, candidate.piece_samples))
     pieces_a_minute, minutes = MINUTE // candidate.piece_samples, []
     while True:
@@ -106,5 +107,19 @@ def read_pcm(path: Path, piece_samples: int) -> Iterator[np.ndarray]:
             yield np.frombuffer(data, dtype="<i2").astype(np.float32) / _PCM_SCALE
 
 
+def main(argv: Optional[List[str]] = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {_MODULE}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, metavar="MODEL_DIR")
+    parser.add_argument("precision", choices=PRECISIONS)
+    parser.add_argument("pcm", type=Path, metavar="PCM_FILE", help="raw 16-bit little-endian, 16 kHz, mono")
+    args = parser.parse_args(argv)
+    if not args.pcm.is_file():
+        raise UserError(f"there is no file {args.pcm}")
+    json.dump(hear_file(args.folder, args.precision, args.pcm), sys.stdout)
+    return 0
+
+
 if __name__ == "__main__":
-    json.dump(hear_file(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])), sys.stdout)
+    run_main(main)

@@ -13,7 +13,7 @@ from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Tuple
 import numpy as np
 
 from transducer_kd.export.folder import ModelFolder
-from transducer_kd.export.sherpa import SAMPLING_RATE, SherpaOffline, SherpaStreaming, tail_samples
+from transducer_kd.export.sherpa import SAMPLING_RATE, SherpaOffline, SherpaStream, SherpaStreaming
 
 Clock = Callable[[], float]  # seconds
 
@@ -22,7 +22,7 @@ Clock = Callable[[], float]  # seconds
 CPU_TIME: Clock = time.process_time
 
 _PIECE = SAMPLING_RATE // 10  # samples that a microphone gives at once
-_UTTERANCE = 10 * SAMPLING_RATE  # what a model that does not stream is given at once
+_UTTERANCE = 10 * SAMPLING_RATE  # what a model that does not stream is given at once of a long recording
 
 
 class Heard(NamedTuple):
@@ -37,32 +37,57 @@ class Heard(NamedTuple):
         return (self.features_s + np.cumsum(self.chunks_s)).tolist()
 
 
+class TimedStream(SherpaStream):
+    """A stream that begins anew at a pause, and says how long all that took: features as the samples are
+    handed over, model and words chunk by chunk.
+    """
+
+    def __init__(self, recogniser: SherpaStreaming, clock: Clock = CPU_TIME):
+        self._clock = clock
+        self._features_s, self._chunks_s = 0.0, []
+        super().__init__(recogniser)
+
+    def hear(self, samples: np.ndarray) -> Heard:
+        """The next samples (S,). What the next utterance hears again after a pause is counted, too."""
+        self.accept(samples)
+        if self.at_pause():
+            self.restart()
+        return self._heard()
+
+    def end(self) -> Heard:
+        """The silence that the last chunk waits for."""
+        self.finish()
+        return self._heard()
+
+    def _heard(self) -> Heard:
+        heard = Heard(self._features_s, self._chunks_s)
+        self._features_s, self._chunks_s = 0.0, []
+        return heard
+
+    def _give(self, samples: np.ndarray) -> None:
+        start = self._clock()
+        super()._give(samples)
+        self._features_s += self._clock() - start
+
+    def _run(self) -> int:
+        num_chunks = 0
+        while self._recognizer.is_ready(self._stream):
+            start = self._clock()
+            self._recognizer.decode_stream(self._stream)
+            self.text()
+            self._chunks_s.append(self._clock() - start)
+            num_chunks += 1
+        return num_chunks
+
+
 def streamed(
     recogniser: SherpaStreaming, pieces: Iterable[np.ndarray], clock: Clock = CPU_TIME
 ) -> Iterator[Heard]:
-    """Stream pieces (S,) as they come, and at the end the silence that the last chunk waits for.
-
-    The features are computed as the samples are handed over, all else when a chunk is decoded.
-    """
-    online = recogniser.recognizer
-    stream, num_samples = online.create_stream(), 0
-
-    def hear(samples: np.ndarray, is_last: bool = False) -> Heard:
-        start = clock()
-        stream.accept_waveform(SAMPLING_RATE, samples)
-        if is_last:
-            stream.input_finished()
-        features_s, chunks_s = clock() - start, []
-        while online.is_ready(stream):
-            start = clock()
-            online.decode_stream(stream)
-            chunks_s.append(clock() - start)
-        return Heard(features_s, chunks_s)
-
+    """Stream pieces (S,) as they come, to the end."""
+    stream = TimedStream(recogniser, clock)
     for samples in pieces:
-        num_samples += len(samples)
-        yield hear(samples)
-    yield hear(np.zeros(tail_samples(num_samples, recogniser.chunk_size), dtype=np.float32), is_last=True)
+        yield stream.hear(samples)
+    yield stream.end()
 
 
 def heard_whole(
@@ -75,20 +100,22 @@ def heard_whole(
         stream.accept_waveform(SAMPLING_RATE, samples)
         middle = clock()
         recogniser.recognizer.decode_stream(stream)
+        _ = stream.result.text
         yield Heard(middle - start, [clock() - middle])
 
 
 class Candidate:
     """A model folder in one precision. It streams where it can; `mode` says so.
 
-    piece_samples: what it is given at once.
+    piece_samples: what it is given at once of a long recording. pause_s: what ends an utterance in a stream;
+    0: nothing does.
     """
 
-    def __init__(self, folder: ModelFolder, precision: str) -> None:
+    def __init__(self, folder: ModelFolder, precision: str, pause_s: float = 0.0) -> None:
         self.mode = "streaming" if "streaming" in folder.modes else "offline"
         if self.mode == "streaming":
             self._hear, self.piece_samples = streamed, _PIECE
-            self._recogniser: Any = SherpaStreaming(folder, precision)
+            self._recogniser: Any = SherpaStreaming(folder, precision, pause_s=pause_s)
         else:
             self._hear, self.piece_samples = heard_whole, _UTTERANCE
             self._recogniser = SherpaOffline(folder, precision)
