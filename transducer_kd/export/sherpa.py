@@ -31,8 +31,8 @@ LOOKAHEAD_FRAMES = 3
 MIN_FEATURE_FRAMES = 7
 
 PIECE_SAMPLES = SAMPLING_RATE // 2  # samples that a stream takes in before it decodes: memory is for so many
-# Seconds without words that end an utterance. Of 0.4 to 1.2 the best on dev utterances with pauses of 0.3 to 2 s
-# between them (two_pass at mini: WER 6 to 10 %; with 1.2 s 22 % after short pauses). 0.5 cuts utterances in two.
+# Seconds without words that end an utterance. Of 0.4 to 1.2 the best on dev utterances with pauses of 0.3 to
+# 2 s between them (two_pass at mini: WER 6 to 10 %; with 1.2 s 22 % after short ones). 0.5 cuts some in two.
 PAUSE_S = 0.8
 MOST_AGAIN_S = 1.0  # of a pause that the next utterance hears again
 _NEVER_S = 1e9
