@@ -2,7 +2,15 @@
 
 from typing import Any, Dict, List, Optional
 
-from transducer_kd.export.folder import ModelFolder
+from transducer_kd.export.folder import ModelFolder, file_name
+from transducer_kd.export.sherpa import (
+    FRAME_SAMPLES,
+    LOOKAHEAD_FRAMES,
+    PAUSE_S,
+    SAMPLING_RATE,
+    SUBSAMPLING_FACTOR,
+    TOKENS,
+)
 from transducer_kd.log import atomic_write
 
 _FRAME_MS = 40  # of an encoder frame
@@ -24,7 +32,15 @@ def _lines(folder: ModelFolder, gate: Optional[Dict[str, Any]]) -> List[str]:
         f"A conformer transducer for 16 kHz mono speech, trained on {info['corpus']}, as ONNX files for "
         f"sherpa-onnx. {_how_it_hears(info)}",
         "",
-        "    python -m transducer_kd.export.transcribe MODEL_DIR file.wav",
+        "## Running it",
+        "",
+        "```python",
+        *_app_lines(folder),
+        "```",
+        "",
+        *_app_notes(folder),
+        "",
+        "With the project, `python -m transducer_kd.export.transcribe MODEL_DIR file.wav` does all this.",
         "",
         "## Sizes",
         "",
@@ -55,10 +71,71 @@ def _how_it_hears(info: Dict[str, Any]) -> str:
     if not info["chunk_size"]:
         return "It hears whole utterances."
     chunk_ms, past_ms = (_FRAME_MS * info[name] for name in ("chunk_size", "left_context"))
-    return (
-        f"It streams in chunks of {chunk_ms} ms and looks back {past_ms} ms before each. It has learnt "
-        "single utterances: begin a new stream after a pause, since one that goes on loses the first words."
-    )
+    return f"It streams in chunks of {chunk_ms} ms and looks back {past_ms} ms before each."
+
+
+def _app_lines(folder: ModelFolder) -> List[str]:
+    """How a program hears with it that has sherpa-onnx and nothing of the project."""
+    precision, mode = folder.precisions[-1], folder.modes[0]
+    files = {"tokens": TOKENS, "encoder": file_name(f"encoder-{mode}", precision)}
+    files.update({part: file_name(part, precision) for part in ("decoder", "joiner")})
+    arguments = [f'    {name}="{file}",' for name, file in files.items()]
+    if mode == "offline":
+        return [
+            "import sherpa_onnx",
+            "",
+            "recogniser = sherpa_onnx.OfflineRecognizer.from_transducer(",
+            *arguments,
+            '    model_type="transducer",',
+            ")",
+            "stream = recogniser.create_stream()",
+            "stream.accept_waveform(16000, samples)  # an utterance, float32 in [-1, 1]",
+            "recogniser.decode_stream(stream)",
+            "print(stream.result.text)",
+        ]
+    return [
+        "import numpy as np",
+        "import sherpa_onnx",
+        "",
+        "recogniser = sherpa_onnx.OnlineRecognizer.from_transducer(",
+        *arguments,
+        "    enable_endpoint_detection=True,",
+        f"    rule1_min_trailing_silence={PAUSE_S},",
+        f"    rule2_min_trailing_silence={PAUSE_S},",
+        "    rule3_min_utterance_length=1e9,",
+        ")",
+        "stream = recogniser.create_stream()",
+        "for samples in microphone:  # float32 in [-1, 1], 16 kHz, any number of them",
+        "    stream.accept_waveform(16000, samples)",
+        "    while recogniser.is_ready(stream):",
+        "        recogniser.decode_stream(stream)",
+        "    if recogniser.is_endpoint(stream):",
+        "        print(recogniser.get_result(stream))",
+        "        stream = recogniser.create_stream()  # not recogniser.reset(stream)",
+        f"stream.accept_waveform(16000, np.zeros({_longest_tail(folder)}, dtype=np.float32))",
+        "stream.input_finished()",
+        "while recogniser.is_ready(stream):",
+        "    recogniser.decode_stream(stream)",
+        "print(recogniser.get_result(stream))",
+    ]
+
+
+def _app_notes(folder: ModelFolder) -> List[str]:
+    if folder.modes[0] == "offline":
+        return ["It has learnt single utterances: cut long recordings at their pauses."]
+    seconds = _longest_tail(folder) / SAMPLING_RATE
+    return [
+        "- It has learnt single utterances. After `reset`, which keeps something of the last one even with "
+        "`reset_encoder`, it hardly recognises the next: create a new stream after a pause.",
+        f"- {seconds:.2f} s of silence have to follow the last sample, or the last words are lost: "
+        "sherpa-onnx drops what does not fill a chunk.",
+    ]
+
+
+def _longest_tail(folder: ModelFolder) -> int:
+    """Samples of silence that are enough after any number of samples: see sherpa.tail_samples."""
+    chunk = SUBSAMPLING_FACTOR * folder.info["chunk_size"]
+    return FRAME_SAMPLES * (chunk + LOOKAHEAD_FRAMES + 1)
 
 
 def _size_rows(folder: ModelFolder) -> List[str]:
@@ -91,4 +168,10 @@ def _gate_lines(gate: Optional[Dict[str, Any]]) -> List[str]:
             f"| {row['test_set']} | {row['mode']} | {passes} | {name} | {row['wer']:.2f} | {interval} "
             f"| {100 * row['identical_share']:.1f} |"
         )
-    return lines
+    same = sum(row["same"] for row in gate["odd"])
+    return [
+        *lines,
+        "",
+        f"Inputs of odd lengths, silence, clipping: the same words everywhere for {same} of "
+        f"{len(gate['odd'])}.",
+    ]
