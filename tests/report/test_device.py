@@ -81,8 +81,9 @@ def test_words_have_a_row_per_mode_and_test_set(root):
     wer, int8 = "2.00 [1.00, 3.00]", "2.25 [1.25, 3.25]"
     assert rows[1][3:] == [wer, "100.0", wer, "99.8", int8, "98.0", "+0.25"]
     assert rows[3][3:] == [wer, "-", wer, "99.8", int8, "98.0", "+0.25"]
-    (note,) = device.words_notes(report)
+    note, of_odd = device.words_notes(report)
     assert "wants 99.5 % of all but int8, and of int8 a WER at most 0.3 worse" in note
+    assert "the same words everywhere for 2 of 2" in of_odd and "of int8 90 % of those" in of_odd
 
 
 def test_time_and_memory_of_the_first_and_the_last_minute(root):
@@ -97,7 +98,7 @@ def test_time_and_memory_of_the_first_and_the_last_minute(root):
     assert rows[3][:3] == ["student", "float", "streaming"]
     assert rows[3][3:] == ["0.0100", "0.0075", "4.0", "4.0", chunk, "70", "60.0", chunk, "60.5", chunk]
     (note,) = device.speed_notes(report)
-    assert note.startswith("sherpa-onnx 2.0.1, one thread; medians of 15 turns") and "120 s of speech" in note
+    assert note.startswith("sherpa-onnx 2.0.1, one thread; medians of 15 turns") and "of 120 s in all" in note
     assert "46 MB of it Python" in note
     change(root / "student" / "export" / "bench.json", audio_s=lambda _: 60.0, num_threads=lambda _: 2)
     assert "from 2 runs" in device.speed_notes(collect.collect(root))[1]
@@ -145,8 +146,21 @@ def test_the_second_pass_has_rows_of_its_own_with_its_bytes(root):
         ["int8", "first pass", "1.00", "3.25 (3.00)", "32.0", "5.0"],
         ["int8", "with LAS", "1.10", "2.75 (2.50)", "-", "-"],
     ]
+    assert "with as many passes; only the first pass is timed." in device.device_notes(report)[0]
     of_student = [row[1:4] for row in device.words_rows(report) if row[0] == "student"]
     assert of_student[:4] == [["streaming", p, s] for p in ("first pass", "with LAS") for s in "ab"]
+
+
+def test_two_passes_are_compared_with_two_passes(root):
+    for name, megabytes in (("teacher", (32.0, 8.0)), ("student", (4.0, 1.0))):
+        shutil.rmtree(root / name / "export")
+        write_bench(write_export(root / name, WERS[name], megabytes, las=0.5), (1.0, 1.0), (1.0, 1.0))
+    rows = device.device_rows(collect.collect(root))
+    smaller = {tuple(row[:3]): row[-5] for row in rows[1:]}
+    assert (
+        smaller["student", "int8", "with LAS"] == "32.0" and smaller["teacher", "int8", "with LAS"] == "4.0"
+    )
+    assert smaller["teacher", "float", "with LAS"] == "1.0"
 
 
 def test_a_gate_that_was_not_passed_says_why(root):
@@ -189,7 +203,7 @@ def test_what_int8_computes_in_float_is_told(root):
     relaxed = [{"module": "joiner", "how": "weights"}, {"module": "las.lstm", "how": "float"}]
     change(root / "student" / "export" / "model.json", int8=lambda _: {"relaxed": relaxed})
     change(root / "teacher" / "export" / "model.json", int8=lambda _: {"relaxed": []})
-    assert device.words_notes(collect.collect(root))[1:] == [
+    assert device.words_notes(collect.collect(root))[2:] == [
         "int8 of student computes in float: joiner (weights stored in int8), las.lstm (nothing in int8)."
     ]
 

@@ -5,6 +5,7 @@ from typing import Any, Dict, List, Optional
 from transducer_kd.export.folder import ModelFolder, file_name
 from transducer_kd.export.sherpa import (
     FRAME_SAMPLES,
+    LONGEST_SILENCE,
     LOOKAHEAD_FRAMES,
     PAUSE_S,
     SAMPLING_RATE,
@@ -100,8 +101,8 @@ def _app_lines(folder: ModelFolder) -> List[str]:
         "recogniser = sherpa_onnx.OnlineRecognizer.from_transducer(",
         *arguments,
         "    enable_endpoint_detection=True,",
-        f"    rule1_min_trailing_silence={PAUSE_S},",
-        f"    rule2_min_trailing_silence={PAUSE_S},",
+        f"    rule1_min_trailing_silence={LONGEST_SILENCE / SAMPLING_RATE:g},  # before any word",
+        f"    rule2_min_trailing_silence={PAUSE_S},  # after words",
         "    rule3_min_utterance_length=1e9,",
         ")",
         "stream = recogniser.create_stream()",

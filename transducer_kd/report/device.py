@@ -93,7 +93,7 @@ def device_rows(report: Dict[str, Any], is_short: bool = False) -> List[Row]:
             pytorch = _words(known[d.phase], "pytorch", mode=d.mode, test_set=s, two_pass=d.has_las)
             own, other = (number(r and r["wer"], 2) for r in (d.words.get(s), next(iter(pytorch), None)))
             row.append(own if is_short else f"{own} ({other})")
-        row += [_timed(d, "times_smaller", 1), _timed(d, "times_faster", 1)]
+        row += [number(_times_smaller(d, of_all, _references(report)), 1), _timed(d, "times_faster", 1)]
         rows.append(row if is_short else [*row, _timed(d, "rtf", 4), d.mode, _gate_cell(known[d.phase])])
     return rows
 
@@ -154,10 +154,12 @@ def device_notes(report: Dict[str, Any]) -> List[str]:
     """What the columns of device_rows mean in this report, and why a gate was not passed."""
     known = _measured(report)
     runtimes = sorted({e["gate"]["runtime"] for e in known.values() if e["gate"]}) or ["sherpa-onnx"]
+    has_las = any(d.has_las for d in deployed(report))
     out = [
         "MB: encoder, decoder and joiner of the mode on disk, with the LAS where it is used. WER: greedy "
         f"search through {', '.join(runtimes)}; with a LAS, beam search and rescoring over the same files. "
-        f"Times smaller and faster: than {_references(report)}."
+        f"Times smaller and faster: than {_references(report)}"
+        f"{', with as many passes; only the first pass is timed' if has_las else ''}."
     ]
     if report["beside"]:
         out.append(
@@ -181,6 +183,14 @@ def words_notes(report: Dict[str, Any]) -> List[str]:
         "Identical: share of the utterances with the very words of PyTorch on the whole utterance. The gate "
         f"wants {' or '.join(wanted)} than PyTorch's."
     ]
+    odd = [row for gate in gates for row in gate["odd"]]
+    if odd:
+        unseen = min(gate["least_same_unseen"] for gate in gates)
+        out.append(
+            "Inputs of odd lengths, silence, clipping and the like, on which PyTorch itself is steady: the "
+            f"same words everywhere for {sum(row['same'] for row in odd)} of {len(odd)}. The gate wants all "
+            f"of them, of int8 {100 * unseen:g} % of those that it was not chosen on."
+        )
     for name, export in known.items():
         relaxed = [f"{m['module']} ({_LEVELS.get(m['how'], m['how'])})" for m in _relaxed(export)]
         out += [f"int8 of {name} computes in float: {', '.join(relaxed)}."] if relaxed else []
@@ -200,10 +210,11 @@ def speed_notes(report: Dict[str, Any]) -> List[str]:
     threads = "one thread" if bench["num_threads"] == 1 else f"{bench['num_threads']} threads"
     out = [
         f"{bench['runtime']}, {threads}; medians of {bench['turns']} turns, which the models take one after "
-        f"the other, on {bench['audio_s']:g} s of speech. RTF: processor seconds for a second of audio, from "
-        "samples to words; without features: the model and its search alone. ms a chunk: processor "
+        f"the other, on utterances of {bench['audio_s']:g} s in all, each a stream of its own. RTF: "
+        "processor seconds for a second of audio, from samples to words; without features: the model and "
+        "its search alone. ms a chunk: processor "
         f"time from its last sample to its words, median (95th percentile). Peak: of a process that hears "
-        f"{bench['stream_s'] / 60:g} minutes"
+        f"{bench['stream_s'] / 60:g} minutes of utterances and begins anew at the pauses between them"
         f"{_baseline(runs.values())}; the first and the last of these tell whether memory or latency grow."
     ]
     if len(runs) > 1:
@@ -276,6 +287,15 @@ def _gate_cell(export: Dict[str, Any]) -> str:
 
 def _timed(d: Deployed, name: str, digits: int) -> str:
     return number(d.timing and d.timing.get(name), digits)
+
+
+def _times_smaller(d: Deployed, of_all: List[Deployed], reference: str) -> Optional[float]:
+    """Than the reference with as many passes; None where that is not there."""
+    if not d.has_las:
+        return d.timing and d.timing.get("times_smaller")
+    others = (o.bytes for o in of_all if (f"{o.phase} {o.precision}", o.has_las) == (reference, d.has_las))
+    size = next(others, None)
+    return size and size / d.bytes
 
 
 def _chunk_cell(timing: Optional[Dict[str, Any]]) -> str:

@@ -49,6 +49,7 @@ _GATE = {
     "runtime": str,
     "least_identical": float,
     "most_worse": float,
+    "least_same_unseen": float,
     "tensors": [_TENSORS],
     "words": [_WORDS],
     "odd": [_ODD],
