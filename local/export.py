@@ -11,8 +11,13 @@ the beam search, is chosen on the dev part.
 Then the gate: PyTorch on whole utterances and chunk by chunk, sherpa-onnx with the float files and with the
 int8 files have to agree: tensor by tensor, on the utterances of the test parts (float: on 99.5 % of them;
 int8: a WER at most 0.3 worse), and on odd inputs, those made of dev recordings and those made of the first
-test part, of which int8 may understand one in ten differently. What was found is printed and kept in
-gate.json. The exit status is 1 unless the gate is passed; the folder stays in any case.
+test part, of which int8 may understand one in ten differently, and half of a kind. What was found is printed
+and kept in gate.json.
+
+An earlier export stays as it is until the new one, written beside it, has passed its gate and takes its place
+(with --skip-gate: is written). One that does not pass is kept in <exp-dir>/export.failed, to be looked at,
+until another one fails or passes; the exit status is 1. What a killed export leaves, .export.new and
+.export.old in <exp-dir>, the next one clears away; where there is no export, it brings the old one back.
 
 run.sh does this as stage 7, which replaces what was exported into <exp-dir>/export by hand. For a folder that
 stays as it is, name another --output-dir.
@@ -86,7 +91,7 @@ def main() -> int:
     from transducer_kd.export.dev_speech import MOST_TRIED, DevSpeech, steady_inputs
     from transducer_kd.export.quantise import quantise
     from transducer_kd.export.tensors import check_tensors
-    from transducer_kd.export.write import check_target, write_folder
+    from transducer_kd.export.write import check_target, new_beside, put_in_place, set_aside, write_folder
     from transducer_kd.train.experiment import git_commit
 
     check_target(args.output_dir)
@@ -116,11 +121,8 @@ def main() -> int:
         "bpe_sha256": loaded.tokenizer.sha256,
         **run,
     }
-    if args.output_dir.resolve() == (args.exp_dir / "export").resolve():
-        # run.sh's mark: what follows was made with other options, perhaps without its gate.
-        (args.exp_dir / ".done-export").unlink(missing_ok=True)
     folder, parts = write_folder(
-        args.output_dir,
+        new_beside(args.output_dir),
         main_mode.model,
         modes["offline"].model,
         loaded.model.state_dict(),
@@ -141,10 +143,18 @@ def main() -> int:
         heard = recordings_of(config, args.parts[0], MOST_TRIED)()
         unseen = steady_inputs(folder, models, list(heard), ODD_INPUTS)
         gate = parity.check(implementations.comparisons(folder, models), tensors, speech, odd, unseen, run)
-        write_json(args.output_dir / "gate.json", gate)
+        write_json(folder.path / "gate.json", gate)
         print(parity.table(gate))
     write_card(folder, gate)
-    return 0 if gate is None or gate["passed"] else 1
+    if gate is not None and not gate["passed"]:
+        failed = set_aside(folder.path, args.output_dir)
+        logging.error("the gate is not passed: look at %s; %s is as it was", failed, args.output_dir)
+        return 1
+    if args.output_dir.resolve() == (args.exp_dir / "export").resolve():
+        # run.sh's mark: this one was made with other options, perhaps without its gate.
+        (args.exp_dir / ".done-export").unlink(missing_ok=True)
+    put_in_place(folder.path, args.output_dir)
+    return 0
 
 
 def modes_of(loaded: Any) -> Dict[str, Any]:

@@ -177,6 +177,10 @@ class TestWholeRun:
         assert smoke.stages() == [*before, "report"]
         assert "compress.py" not in output
 
+    def test_the_teacher_and_the_last_step_are_exported(self, smoke):
+        smoke.run("--stage", "7")
+        smoke.check_exports(dict.fromkeys(["teacher", "step3"], ("streaming", "offline")))
+
     def test_another_recipe_takes_the_same_teacher_over_and_trains_one_that_differs(self, smoke):
         folder = smoke.root / "egs/librispeech/other"
         shutil.copytree(folder.with_name("progressive"), folder, ignore=shutil.ignore_patterns("exp"))

@@ -269,10 +269,10 @@ class TestExport:
         echo "RUN $*"
         case $2 in
           local/export.py)
-            [ "$phase" != "${crashes:-}" ] || return 1
+            # Whether killed or by its gate, an export that fails leaves the earlier one as it is.
+            [ "$phase" != "${fails:-}" ] || return 1
             mkdir -p "$exp_root/$phase/export"; date +%N >"$exp_root/$phase/export/model.json"
-            touch "$exp_root/$phase/export/gate.json"; rm -f "$exp_root/$phase/export/bench.json"
-            [ "$phase" != "${fails:-}" ] || return 1 ;;
+            touch "$exp_root/$phase/export/gate.json"; rm -f "$exp_root/$phase/export/bench.json" ;;
           local/bench_export.py)
             for phase in "$exp_root"/*/export; do touch "$phase/bench.json"; done ;;
         esac
@@ -305,6 +305,7 @@ class TestExport:
         assert [line.split()[0] for line in self.told(output)] == [
             *2 * ["train.py"], *2 * ["export.py"], "bench_export.py",
         ]  # fmt: skip
+        assert "/student/export --test-parts" in output and "/teacher/export" not in output.split("bench_")[1]
         assert "ERROR stage 7 (export teacher) failed (status 1)" in output and "REPORT" in output
         assert output.splitlines()[-1].endswith(
             "ERROR stage 7: the export of teacher failed, or did not pass its gate; see above"
@@ -314,6 +315,17 @@ class TestExport:
         assert [line.split()[0] for line in self.told(again)] == ["export.py", "bench_export.py"], (
             "what failed runs again, and what it is measured beside"
         )
+
+    def test_a_failing_gate_leaves_the_earlier_export_and_what_was_measured_of_it(self, shell):
+        shell(self.BODY + "export_stage", options="--stage 0 --stop-stage 7")
+        output = shell(
+            self.BODY + "rm $exp_root/teacher/.done-export; fails=teacher; export_stage",
+            options="--stage 7",
+            status=1,
+        )
+        assert [line.split()[0] for line in self.told(output)] == ["export.py"]
+        assert "bench: done already" in output and "the export of teacher failed" in output
+        assert (shell.exp / "teacher/export/bench.json").exists()
 
     def test_a_phase_that_was_trained_anew_is_exported_anew(self, shell):
         shell(self.BODY + "export_stage", options="--stage 0 --stop-stage 7")
@@ -366,7 +378,7 @@ class TestExport:
 
     def test_an_export_that_leaves_no_model_is_the_error(self, shell):
         output = shell(
-            self.BODY + "exported=student crashes=student; export_stage",
+            self.BODY + "exported=student fails=student; export_stage",
             options="--stage 0 --stop-stage 7",
             status=1,
         )

@@ -232,6 +232,11 @@ class TestWholeRun:
         assert output.count("done already") == len(before) - 1
         assert smoke.stages() == [*before, "report"]
 
+    def test_the_teacher_and_two_students_are_exported_in_the_modes_that_they_have(self, smoke):
+        smoke.run("--stage", "7")
+        both = ("streaming", "offline")
+        smoke.check_exports({"teacher": ("offline",), "softhard_streaming": both, "hard_streaming": both})
+
     def test_labelling_that_is_killed_goes_on_and_ends_with_the_same_labels(
         self, smoke, tmp_path, monkeypatch
     ):

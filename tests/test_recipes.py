@@ -164,6 +164,8 @@ class TestWholeRun:
         for phase in ("teacher_las", "finetune"):
             gate = json.loads((smoke.exp / phase / "export/gate.json").read_text())
             assert {row["two_pass"] for row in gate["words"]} == {False, True}
+            # The first pass has not learnt to say anything in so few updates.
+            assert any(row["two_pass"] and not row["is_mute"] for row in gate["words"])
         again = smoke.run("--stage", "7", "--controls", "1")
         assert again.count("done already") == 3
 

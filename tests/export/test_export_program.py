@@ -74,7 +74,9 @@ def trained(tmp_path_factory, lang_dir, streaming_model, offline_model, las_mode
 
 @pytest.fixture
 def export(trained, tmp_path, monkeypatch):
-    """Function: exports a phase into a folder of the test; returns exit status and folder."""
+    """Function: exports a phase into a folder of the test; returns exit status and where the export is, which
+    is set aside where random weights do not pass the gate.
+    """
     spec = importlib.util.spec_from_file_location("export_program", PROGRAM)
     program = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
@@ -85,7 +87,8 @@ def export(trained, tmp_path, monkeypatch):
     def run(phase, *arguments):
         given = ["--exp-dir", trained / phase, "--output-dir", tmp_path / phase, *arguments]
         monkeypatch.setattr(sys, "argv", ["export.py", *map(str, given)])
-        return program.main(), tmp_path / phase
+        status = program.main()
+        return status, tmp_path / (f"{phase}.failed" if status else phase)
 
     return run
 
@@ -144,22 +147,56 @@ def test_an_offline_phase(export):
     assert {row["implementation"] for row in gate["words"]} == {"pytorch", "onnx", "int8"}
 
 
-def test_a_gate_that_is_not_passed_fails_the_program_and_keeps_the_folder(export, monkeypatch, capsys):
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_gate_that_is_not_passed_fails_the_program_and_leaves_the_old_export(
+    export, monkeypatch, capsys, caplog
+):
     real = parity.word_rows
 
     def made_up(comparison, test_set, said):
         wrong = [(name, ref, [*hyp, "NOISE"]) for name, ref, hyp in said["onnx"]]
         return real(comparison, test_set, {**said, "onnx": wrong})
 
-    monkeypatch.setattr(parity, "word_rows", made_up)
-    status, folder = export("streaming", "--test-parts", "test-clean")
-    gate = json.loads((folder / "gate.json").read_text())
-    assert status == 1 and not gate["passed"]
+    _, folder = export("streaming", "--skip-gate")
+    (folder / "bench.json").write_text("of the old files")
+    before, failed = content(folder), folder.with_name("streaming.failed")
+    with monkeypatch.context() as patched:
+        patched.setattr(parity, "word_rows", made_up)
+        assert export("streaming", "--test-parts", "test-clean") == (1, failed)
+    assert content(folder) == before
+    gate = json.loads((failed / "gate.json").read_text())
+    assert not gate["passed"] and not (failed / "bench.json").exists()
     lines = capsys.readouterr().out.splitlines()
     assert any("onnx" in line and "0 of 3" in line and line.endswith("NOT PASSED") for line in lines)
-    assert lines[-1] == "the gate is NOT PASSED"
-    assert "**The parity gate is NOT passed.**" in (folder / "README.md").read_text()
-    open_folder(folder)
+    assert lines[-1] == "the gate is NOT PASSED" and f"look at {failed}" in caplog.text
+    assert "**The parity gate is NOT passed.**" in (failed / "README.md").read_text()
+    open_folder(failed)
+    export("streaming", "--skip-gate")
+    assert not failed.exists() and not (folder / "bench.json").exists()
+
+
+def test_an_export_that_is_killed_leaves_the_old_one_with_its_gate_and_its_mark(export, trained, monkeypatch):
+    path = trained / "offline" / "export"
+    arguments = ("offline", "--output-dir", str(path), "--test-parts", "test-clean")
+    export(*arguments, "--skip-gate")
+    (path / "gate.json").write_text("{}")
+    mark = trained / "offline" / ".done-export"
+    mark.touch()
+    before = content(path)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(parity, "check", killed)
+        export(*arguments)
+    assert content(path) == before and mark.exists()
+    export(*arguments, "--skip-gate")
+    assert not mark.exists() and not list(path.parent.glob(".export.*"))
+    shutil.rmtree(path)
 
 
 def test_the_gate_can_be_left_out(export):

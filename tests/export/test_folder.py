@@ -8,12 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.data.test_features import speechlike
-from tests.export.conftest import tiny_model
 from tests.export.folders import with_int8
-from transducer_kd.export import write
-from transducer_kd.export.folder import PARTS, SCRATCH, file_name, open_folder
+from transducer_kd.export.folder import PARTS, file_name, open_folder
 from transducer_kd.export.sherpa import SherpaStreaming
-from transducer_kd.export.write import write_folder
 from transducer_kd.log import UserError
 
 ABOUT = {"phase": "small", "checkpoint": "epoch-1"}
@@ -119,48 +116,3 @@ def test_weights_and_tokens_come_with_it(las_folder, las_model, lang_dir):
     info = open_folder(las_folder).info
     assert info["params_deployed"] == las_model.deployed_parameters()
     assert info["params_first_pass"] == las_model.first_pass_parameters()
-
-
-def test_nothing_of_an_earlier_export_stays(las_folder, lang_dir, tmp_path):
-    folder = with_int8(las_folder, tmp_path / "model").path
-    for name in ("gate.json", "bench.json", "README.md"):
-        (folder / name).write_text("earlier")
-    (folder / f"{SCRATCH}of-a-search-that-was-killed").mkdir()
-    model = tiny_model(40, chunk_size=0, num_layers=1)
-    write_folder(folder, model, model, model.state_dict(), lang_dir, ABOUT)
-    assert {path.name for path in folder.iterdir()} == {*open_folder(folder).info["files"], "model.json"}
-
-
-def test_an_export_that_was_killed_is_no_model_and_can_be_made_again(
-    las_folder, lang_dir, tmp_path, monkeypatch
-):
-    folder = with_int8(las_folder, tmp_path / "model").path
-    (folder / "README.md").write_text("earlier")
-    model = tiny_model(40, num_layers=1)
-    export = [folder, model, model, model.state_dict(), lang_dir, ABOUT]
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(write, "safetensors_bytes", interrupted)
-        write_folder(*export)
-    with pytest.raises(UserError, match="it has no model.json"):
-        open_folder(folder)
-    write_folder(*export)
-    open_folder(folder)
-
-
-def interrupted(*_):
-    raise KeyboardInterrupt
-
-
-def test_the_readme_of_somebody_else_is_not_written_over(streaming_model, lang_dir, tmp_path):
-    (tmp_path / "README.md").write_text("mine")
-    model = streaming_model
-    with pytest.raises(UserError, match="is no model folder and has a README.md"):
-        write_folder(tmp_path, model, model, model.state_dict(), lang_dir, ABOUT)
-    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
-
-
-def test_missing_tokens(lang_dir, tmp_path):
-    model = tiny_model(40, num_layers=1)
-    with pytest.raises(UserError, match="tokens.txt is missing.*run stage 1 again"):
-        write_folder(tmp_path / "model", model, model, model.state_dict(), tmp_path, {})
-    assert not (tmp_path / "model" / "model.json").exists()

@@ -95,16 +95,31 @@ def test_a_wrong_layer_is_named(streaming_model, tmp_path):
 def test_a_layer_that_is_wrong_from_the_second_chunk_on_is_named(streaming_model, tmp_path):
     part = parts(streaming_model)["encoder-streaming"]
     path = written(part, tmp_path)
+    scale_cache(path, "cached_conv", 0.0)
+    assert {d.starts_at for d in compare(part, path)} == {"encoder.layers.0"}
+
+
+def test_what_a_cache_loses_in_each_chunk_adds_up(tmp_path):
+    """A frame is in the cache of attention for four chunks, so that it is passed on three times."""
+    part = parts(tiny_model(40, left_context=16))["encoder-streaming"]
+    path = written(part, tmp_path)
+    scale_cache(path, "cached_attn", 1.0005)
+    found = {d.output: d.max_difference for d in compare(part, path)}
+    assert (
+        found["new_cached_attn"] == pytest.approx(1.0005**3 - 1, rel=0.01) and 1.0005**3 - 1 > MAX_DIFFERENCE
+    )
+
+
+def scale_cache(path, cache, factor):
+    """Makes the streaming encoder at `path` hear other caches than it is given."""
     model = onnx.load(str(path))
     for node in model.graph.node:
         for i, name in enumerate(node.input):
-            if name == "cached_conv":
-                node.input[i] = "forgotten"
-    zero = onnx.numpy_helper.from_array(np.zeros(1, dtype=np.float32), "zero")
-    model.graph.initializer.append(zero)
-    model.graph.node.insert(0, onnx.helper.make_node("Mul", ["cached_conv", "zero"], ["forgotten"]))
+            if name == cache:
+                node.input[i] = "scaled"
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.full(1, factor, np.float32), "factor"))
+    model.graph.node.insert(0, onnx.helper.make_node("Mul", [cache, "factor"], ["scaled"]))
     onnx_files.save(model, path)
-    assert {d.starts_at for d in compare(part, path)} == {"encoder.layers.0"}
 
 
 def test_what_is_no_number_is_no_agreement(streaming_model, tmp_path):

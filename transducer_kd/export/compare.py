@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Sequence
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from transducer_kd.export.onnx_files import Part
 from transducer_kd.export.session import load_session
 from transducer_kd.models.conformer import Conformer
 
+_CACHES = ("cached_attn", "cached_conv")  # inputs; the second and third output are the next chunk's
 MAX_DIFFERENCE = 1e-3  # of a float32 output, as a share of the largest of PyTorch's where that is above 1
 
 
@@ -35,24 +37,26 @@ class Difference:
 
 def compare(part: Part, path: Path, limit: float = MAX_DIFFERENCE) -> List[Difference]:
     """Each output of the file at `path` against that of its graph in PyTorch, on inputs that differ from
-    those it was traced with. A streaming encoder runs five chunks with its own caches, the offline one a
-    batch of unequal lengths.
+    those it was traced with. A streaming encoder runs five chunks, the file and PyTorch each with the caches
+    that it has made itself, so that what differs adds up as on a device; the offline one runs a batch of
+    unequal lengths.
     """
     session, largest = load_session(path), dict.fromkeys(part.outputs, 0.0)
-    carried: Dict[str, Tensor] = {}
+    file_caches: Dict[str, Tensor] = {}
+    torch_caches: Dict[str, Tensor] = {}
     starts_at = None
     for inputs in _other_inputs(part):
-        inputs = {**inputs, **carried}
+        to_file, to_torch = {**inputs, **file_caches}, {**inputs, **torch_caches}
         with torch.inference_mode():
-            expected = part.graph.eval()(*inputs.values())
+            expected = part.graph.eval()(*to_torch.values())
         expected = expected if isinstance(expected, tuple) else (expected,)
-        found = [torch.from_numpy(y) for y in session.run(None, {k: v.numpy() for k, v in inputs.items()})]
+        found = [torch.from_numpy(y) for y in session.run(None, _arrays(to_file))]
         for name, y, wanted in zip(part.outputs, found, expected):
             largest[name] = max(largest[name], difference(y, wanted, _valid_lens(part, expected)))
         if part.name.startswith("encoder") and starts_at is None and max(largest.values()) > limit:
-            starts_at = _first_layer_off(part, path, limit, inputs)
+            starts_at = _first_layer_off(part, path, limit, to_file, to_torch)
         if part.name == "encoder-streaming":
-            carried = {"cached_attn": found[1], "cached_conv": found[2]}
+            file_caches, torch_caches = (dict(zip(_CACHES, made[1:3])) for made in (found, expected))
     return [Difference(part.name, name, value, limit, starts_at) for name, value in largest.items()]
 
 
@@ -74,6 +78,10 @@ def difference(found: Tensor, wanted: Tensor, lens: Optional[Tensor] = None) -> 
         return 0.0
     scale = wanted.double().abs().max().clamp(min=1)
     return float((found.double() - wanted.double()).abs().max() / scale)
+
+
+def _arrays(inputs: Dict[str, Tensor]) -> Dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in inputs.items()}
 
 
 @contextmanager
@@ -128,13 +136,17 @@ def _other_inputs(part: Part) -> Iterator[Dict[str, Tensor]]:
             }
 
 
-def _first_layer_off(part: Part, path: Path, limit: float, inputs: Dict[str, Tensor]) -> str:
+def _first_layer_off(
+    part: Part, path: Path, limit: float, to_file: Dict[str, Tensor], to_torch: Dict[str, Tensor]
+) -> str:
     """The first of subsampling, layers and norm whose output for these inputs is beyond the limit. In the
     file, too, a layer's output is what the first norm of the next one is given.
+
+    to_file and to_torch differ in the caches alone.
     """
     encoder = part.graph.encoder
     with torch.inference_mode(), layer_outputs(encoder) as expected:
-        lens = _valid_lens(part, part.graph(*inputs.values()))
+        lens = _valid_lens(part, part.graph(*to_torch.values()))
 
     model = onnx.load(str(path))
     given_to = {
@@ -145,7 +157,7 @@ def _first_layer_off(part: Part, path: Path, limit: float, inputs: Dict[str, Ten
     del model.graph.output[:]
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(value) for value in values)
     session = load_session(path, content=model.SerializeToString())
-    found = session.run(values, {k: v.numpy() for k, v in inputs.items()})
+    found = session.run(values, _arrays(to_file))
     for (maker, (wanted,)), y in zip(expected.items(), found):
         if difference(torch.from_numpy(y), wanted, lens) > limit:
             return maker

@@ -7,6 +7,7 @@ more errors. Last on inputs of odd lengths and loudness, where all have to say t
 
 import logging
 import time
+from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Sequence
@@ -22,6 +23,7 @@ from transducer_kd.log import UserError, progress
 LEAST_IDENTICAL = 0.995  # of the utterances, for all but int8
 MOST_WORSE = 0.3  # per cent WER, for int8
 LEAST_SAME_UNSEEN = 0.9  # of the odd inputs that int8 was not chosen on, for int8
+MOST_DIFFERENT_OF_KIND = 0.5  # of those of one kind
 RUNTIME = f"sherpa-onnx {sherpa_onnx.__version__}"
 _BLOCK = 16  # recordings that go through all implementations before the next are read
 _SHOWN = 3  # differences that the log tells of each implementation and test set
@@ -52,8 +54,9 @@ def check(
     """All of gate.json.
 
     tensors: rows of tensors.check_tensors; speech: the test sets; odd: inputs on which one pass is compared,
-    by name; unseen: more of them, which int8 was not chosen on: most of these it has to understand as all
-    others do, who have to agree on every one. about: commit and command.
+    by name, "kind, recording"; unseen: more of them, which int8 was not chosen on: most of these, and half of
+    each kind, it has to understand as all others do, who have to agree on every one. about: commit and
+    command.
     """
     start = time.monotonic()
     words = [row for test_set in speech for row in check_words(comparisons, test_set, speech[test_set]())]
@@ -98,13 +101,16 @@ def check_words(
 def word_rows(comparison: Comparison, test_set: str, said: Mapping[str, List[Utterance]]) -> List[Row]:
     """said: implementation -> its utterances, all in the same order -> a row for each implementation."""
     expected = said[REFERENCE]
+    where = f"{test_set}, {comparison.mode}{', two passes' if comparison.two_pass else ''}"
+    if not any(hyp for _, _, hyp in expected):
+        # A model that has learnt next to nothing, as at scale smoke, is mute and no reason to fail.
+        logging.warning("%s: the model says nothing at all, so there are no words to compare", where)
     reports = {name: wer.score(utterances) for name, utterances in said.items()}
     if not reports[REFERENCE].ref_words:
         raise UserError(f"part {test_set} has no reference words to score; leave it out of --test-parts")
     rows = []
     for name, utterances in said.items():
         different = [(theirs, own) for theirs, own in zip(expected, utterances) if theirs != own]
-        where = f"{test_set}, {comparison.mode}{', two passes' if comparison.two_pass else ''}"
         for theirs, own in different[:_SHOWN]:
             logging.info(
                 "%s: %s: %r with %s, %r with %s",
@@ -123,6 +129,7 @@ def word_rows(comparison: Comparison, test_set: str, said: Mapping[str, List[Utt
                 "two_pass": comparison.two_pass,
                 "test_set": test_set,
                 "num_utts": len(utterances),
+                "is_mute": not any(hyp for _, _, hyp in utterances),
                 "identical": identical,
                 "identical_share": share,
                 "wer": reports[name].wer,
@@ -138,7 +145,9 @@ def word_rows(comparison: Comparison, test_set: str, said: Mapping[str, List[Utt
 def check_odd(comparison: Comparison, odd: Mapping[str, np.ndarray], least_same: float = 1.0) -> List[Row]:
     """A row for each odd input: what every implementation says to it, and whether that will do.
 
-    least_same: share of the inputs to which int8 has to say what PyTorch says.
+    least_same: share of the inputs to which int8 has to say what PyTorch says. The others may not all be of
+    one kind, since rounding strikes here and there, while a lost frame or a wrong scale is the same in all
+    inputs of a kind: half of each may differ, and one where there are no two.
     """
     rows: List[Row] = []
     for name, samples in odd.items():
@@ -148,13 +157,20 @@ def check_odd(comparison: Comparison, odd: Mapping[str, np.ndarray], least_same:
         is_same = len(set(words.values())) == 1
         rows.append({"mode": comparison.mode, "input": name, "words": words, "same": is_same})
     int8 = FILES["int8"]
-    is_int8_good = sum(row["words"][int8] == row["words"][REFERENCE] for row in rows) >= least_same * len(
-        rows
+    all_of = Counter(_kind(row) for row in rows)
+    different = Counter(_kind(row) for row in rows if row["words"][int8] != row["words"][REFERENCE])
+    is_int8_good = len(rows) - sum(different.values()) >= least_same * len(rows) and all(
+        num <= max(1, MOST_DIFFERENT_OF_KIND * all_of[kind]) for kind, num in different.items()
     )
     for row in rows:
         others = {words for who, words in row["words"].items() if who != int8}
         row["passed"] = row["same"] or (len(others) == 1 and is_int8_good)
     return rows
+
+
+def _kind(row: Row) -> str:
+    """What was done to the recording: "cut at 1 s, dev-7" -> "cut at 1 s"."""
+    return row["input"].split(", ")[0]
 
 
 def table(gate: Mapping[str, Any]) -> str:
@@ -190,7 +206,8 @@ def _word_line(row: Row) -> str:
     identical = f"{row['identical']} of {row['num_utts']}"
     return (
         f"{row['mode']:9} {2 if row['two_pass'] else 1:<6} {row['implementation']:14} {row['test_set']:14} "
-        f"{identical:>16} {row['wer']:7.2f} {interval:>16} {row['wer_difference']:+8.2f}{_verdict(row)}"
+        f"{identical:>16} {row['wer']:7.2f} {interval:>16} {row['wer_difference']:+8.2f}"
+        f"{'  no words' if row['is_mute'] else ''}{_verdict(row)}"
     )
 
 

@@ -1,5 +1,9 @@
 """A phase written into a model folder: its ONNX files in float32, tokens, weights, and model.json.
 
+An export takes minutes, and nobody knows that it is any good until its gate is passed. So it is written
+beside the folder that it is for (`new_beside`), and takes its place when all is done (`put_in_place`), by two
+renames: a kill between them leaves both folders whole.
+
 Shapes: none; see graphs.py.
 """
 
@@ -17,6 +21,8 @@ from transducer_kd.log import UserError, atomic_write
 from transducer_kd.models.transducer import Transducer
 
 TOKEN_FILES = ("tokens.txt", "bpe.model")
+_WRITTEN = {"README.md", "model.json", "gate.json", "bench.json", "model.safetensors", *TOKEN_FILES}
+_WRITTEN |= {file_name(part, precision) for part in PARTS for precision in PRECISIONS}
 _TRAINING_ONLY = ("simple_am_proj.", "simple_lm_proj.", "ctc_output.")
 
 
@@ -29,8 +35,7 @@ def write_folder(
     about: Dict[str, Any],
     rescore: Optional[Dict[str, Any]] = None,
 ) -> Tuple[ModelFolder, List[Part]]:
-    """Export into the folder `path`, which is made where it is not there. What an earlier export left there
-    goes.
+    """Export into the folder `path`, which is made where it is not there, and should hold nothing.
 
     model: as it streams, or an offline one; offline_model: as it hears whole utterances (see parts_of).
     weights: the phase's state dict, of which those that only training uses are left out. about: where it is
@@ -38,8 +43,6 @@ def write_folder(
     UserError where lang_dir lacks the tokens, or the model cannot be exported.
     """
     parts = parts_of(model, offline_model)
-    check_target(path)
-    _clear(path)
     names = []
     for part in parts:
         names.append(file_name(part.name, "float"))
@@ -68,19 +71,81 @@ def write_folder(
 
 
 def check_target(path: Path) -> None:
-    """UserError where an export into this folder would write over a README.md that is of no export."""
-    if (path / "README.md").exists() and not (path / "model.json").exists():
-        raise UserError(f"{path} is no model folder and has a README.md; name a folder of its own")
+    """UserError where `path` is a file, or a folder of something else, which an export is not to move."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; name a folder")
+    if path.is_dir() and not (path / "model.json").exists():
+        for name in sorted(file.name for file in path.iterdir()):
+            if name == "README.md" or not _is_of_export(name):
+                raise UserError(f"{path} is no model folder and has a {name}; name a folder of its own")
 
 
-def _clear(path: Path) -> None:
-    """Take away what an export leaves, finished or not: first what says that this is a model."""
-    names = ["README.md", "model.json", "gate.json", "bench.json"]
-    names += [file_name(part, precision) for part in PARTS for precision in PRECISIONS]
-    for name in names:
-        (path / name).unlink(missing_ok=True)
-    for scratch in path.glob(f"{SCRATCH}*"):
-        shutil.rmtree(scratch)
+def new_beside(path: Path) -> Path:
+    """An empty folder to write the next export for `path` into. UserError as check_target.
+
+    What an export that was killed has left beside `path` goes, but an old one that it had only moved aside
+    comes back.
+    """
+    path = path.resolve()
+    new, old = _hidden(path, "new"), _hidden(path, "old")
+    if old.exists():
+        if path.exists():
+            _retire(old, path)
+        else:
+            old.rename(path)
+    check_target(path)
+    if new.exists():
+        shutil.rmtree(new)
+    new.mkdir(parents=True)
+    return new
+
+
+def put_in_place(new: Path, path: Path) -> None:
+    """Let the export in `new`, a folder of new_beside(path), take the place of the one at `path`, of which
+    only files that no export writes stay. What set_aside has kept goes.
+    """
+    path = path.resolve()
+    old, failed = _hidden(path, "old"), failed_beside(path)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    if old.exists():
+        _retire(old, path)
+    if failed.exists():
+        shutil.rmtree(failed)
+
+
+def set_aside(new: Path, path: Path) -> Path:
+    """Keep the export in `new`, which is not good enough for `path`, beside it -> where it is. It takes the
+    place of one that was set aside earlier.
+    """
+    failed = failed_beside(path.resolve())
+    if failed.exists():
+        shutil.rmtree(failed)
+    return new.rename(failed)
+
+
+def failed_beside(path: Path) -> Path:
+    """Where an export for `path` is that has failed its gate."""
+    return path.with_name(f"{path.name}.failed")
+
+
+def _hidden(path: Path, what: str) -> Path:
+    """Beside `path`, because nothing can be renamed from one file system to another."""
+    return path.with_name(f".{path.name}.{what}")
+
+
+def _retire(old: Path, path: Path) -> None:
+    """Delete an export whose place another one has taken. What somebody else put there goes on to that."""
+    for file in old.iterdir():
+        if not _is_of_export(file.name):
+            file.rename(path / file.name)
+    shutil.rmtree(old)
+
+
+def _is_of_export(name: str) -> bool:
+    """Whether that is what a file of an export is called, finished or not."""
+    return name in _WRITTEN or name.startswith(SCRATCH) or (name.startswith(".") and name.endswith(".tmp"))
 
 
 def _copy(source: Path, target: Path) -> None:
