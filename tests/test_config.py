@@ -94,6 +94,7 @@ def test_mistakes_in_an_override_are_named(override, message):
         ("data.musan_prob=2", r"must be in \[0, 1\]"),
         ("data.silence_prob=-0.1", r"data\.silence_prob=-0\.1 must be in \[0, 1\]"),
         ("data.silence_prob=1.1", r"must be in \[0, 1\]"),
+        ("data.join_prob=1.1", r"data\.join_prob=1\.1 must be in \[0, 1\]"),
         ("data.musan_snr_db=[10]", "must be two numbers"),
         ("data.musan_snr_db=[20, 10]", "lowest, then the highest"),
         ("data.musan_snr_db=[.nan, 10]", "must be finite"),

@@ -223,6 +223,9 @@ class DataConfig:
     # Share of the batches in training that get silence around their words and an utterance without words,
     # both on top of max_duration_s: at most half of it, or 60 s where that is more.
     silence_prob: float = 0.0
+    # Share of the batches in training whose utterances are joined in pairs with a pause between,
+    # where no pair gets longer than max_cut_s.
+    join_prob: float = 0.0
     seed: int = 42
 
 

@@ -46,7 +46,7 @@ _RANGES = {
     "(0, 1]": "data.train_share wav2vec2.mask_prob",
     "[-1, inf)": "init.epoch teacher.epoch teacher.chunk_size",
     "[0, 1]": "loss.lm_scale loss.am_scale spec_augment.max_time_mask_fraction data.musan_prob "
-    "data.silence_prob optim.final_lr_ratio two_pass.rnnt_weight two_pass.las_kd_weight",
+    "data.silence_prob data.join_prob optim.final_lr_ratio two_pass.rnnt_weight two_pass.las_kd_weight",
     "[0, 2147483648)": "data.seed train.seed",
     "(-inf, inf)": "data.musan_snr_db",
     "[80, 80]": "model.encoder.feature_dim",

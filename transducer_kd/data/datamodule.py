@@ -27,6 +27,7 @@ from transducer_kd.config import DataConfig
 from transducer_kd.data.batch import Batch
 from transducer_kd.data.dataset import CutDataset, NoiseMixer, batches_by_duration, cut_frames, cut_text
 from transducer_kd.data.features import SAMPLING_RATE, FeatureExtractor
+from transducer_kd.data.joining import PairJoiner
 from transducer_kd.data.manifests import read_manifest
 from transducer_kd.data.pseudo_labels import load_pseudo_labels, read_soft_targets
 from transducer_kd.data.silence import SilenceMixer
@@ -73,10 +74,14 @@ class DataModule:
             raise UserError("data.musan_cuts mixes noise into audio: it needs data.on_the_fly_feats=true")
         self._extractor = FeatureExtractor() if cfg.on_the_fly_feats else None
         self._mixer: Optional[NoiseMixer] = None  # read when training begins: decoding needs no noise
+        self._joiner: Optional[PairJoiner] = None
         self._silence: Optional[SilenceMixer] = None
-        if cfg.silence_prob > 0:
+        if cfg.join_prob > 0 or cfg.silence_prob > 0:
             extractor = self._extractor or FeatureExtractor()
-            self._silence = SilenceMixer(cfg.silence_prob, extractor, cfg.max_duration_s)
+            if cfg.join_prob > 0:
+                self._joiner = PairJoiner(cfg.join_prob, extractor, cfg.max_cut_s)
+            if cfg.silence_prob > 0:
+                self._silence = SilenceMixer(cfg.silence_prob, extractor, cfg.max_duration_s)
 
     # ---------------------------------------------------------------- batches
 
@@ -98,6 +103,7 @@ class DataModule:
             f"{self.cfg.seed}/{epoch}{rank_text}",
             self._read_soft if self.soft_targets else None,
             self._silence,
+            self._joiner,
         )
         yield from _load(dataset, itertools.islice(drawn, start_batch, None), self.cfg.num_workers)
 

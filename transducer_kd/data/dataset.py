@@ -15,6 +15,7 @@ from lhotse.cut import Cut
 
 from transducer_kd.data.batch import Batch, collate
 from transducer_kd.data.features import SAMPLING_RATE, FeatureExtractor, num_frames
+from transducer_kd.data.joining import PairJoiner, in_pairs
 from transducer_kd.data.silence import SilenceMixer
 from transducer_kd.data.tokenizer import Tokenizer
 from transducer_kd.log import UserError
@@ -83,6 +84,7 @@ class CutDataset(torch.utils.data.Dataset):
     traceback. Noise and silence depend on (seed_text, index) alone, so any number of workers gives the same
     batches.
     read_soft: from a pseudo-labelled cut to its teacher's encoder output (T',D), where that is asked for.
+    joiner: joins the utterances of some batches in pairs, of none that has pseudo-labelled ones.
     silence: adds an utterance without words to some batches, and silence around the others' words, though not
     to those whose stored teacher output would no longer fit.
     """
@@ -95,9 +97,10 @@ class CutDataset(torch.utils.data.Dataset):
         seed_text: str = "",
         read_soft: Optional[Callable[[Cut], np.ndarray]] = None,
         silence: Optional[SilenceMixer] = None,
+        joiner: Optional[PairJoiner] = None,
     ):
         self.tokenizer, self.extractor, self.mixer, self.seed_text = tokenizer, extractor, mixer, seed_text
-        self.read_soft, self.silence = read_soft, silence
+        self.read_soft, self.silence, self.joiner = read_soft, silence, joiner
 
     def __getitem__(self, item: Tuple[int, Sequence[Cut]]) -> Union[Batch, UserError]:
         index, cuts = item
@@ -113,6 +116,10 @@ class CutDataset(torch.utils.data.Dataset):
         except UserError as e:
             return e
         texts, ids = [cut_text(cut) for cut in cuts], [cut.id for cut in cuts]
+        if self.joiner is not None and not any(is_pseudo) and self.joiner.is_due(features, rng):
+            features = self.joiner(features, rng)
+            texts, ids = in_pairs(texts, " "), in_pairs(ids, "+")
+            is_pseudo, teacher_out = is_pseudo[: len(ids)], teacher_out[: len(ids)]
         tokens = self.tokenizer.encode(texts)
         if self.silence is not None and self.silence.is_due(rng):
             features = self.silence(features, [stored is None for stored in teacher_out], rng)
