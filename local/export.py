@@ -114,20 +114,13 @@ def main() -> int:
     modes = modes_of(loaded)
     main_mode = modes.get("streaming", modes["offline"])
     rescore = tune(main_mode, args) if loaded.model.las is not None else None
-    config = loaded.config
-    about = {
-        **{name: getattr(config, name) for name in ("recipe", "corpus", "scale", "phase")},
-        "checkpoint": loaded.checkpoint,
-        "bpe_sha256": loaded.tokenizer.sha256,
-        **run,
-    }
     folder, parts = write_folder(
         new_beside(args.output_dir),
         main_mode.model,
         modes["offline"].model,
         loaded.model.state_dict(),
         loaded.tokenizer.path.parent,
-        about,
+        {**about(loaded), **run},
         rescore,
     )
     models = implementations.TorchModels(
@@ -140,7 +133,7 @@ def main() -> int:
     gate = None
     if not args.skip_gate:
         tensors = check_tensors(folder, parts, main_mode.model)
-        heard = recordings_of(config, args.parts[0], MOST_TRIED)()
+        heard = recordings_of(loaded.config, args.parts[0], MOST_TRIED)()
         unseen = steady_inputs(folder, models, list(heard), ODD_INPUTS)
         gate = parity.check(implementations.comparisons(folder, models), tensors, speech, odd, unseen, run)
         write_json(folder.path / "gate.json", gate)
@@ -155,6 +148,17 @@ def main() -> int:
         (args.exp_dir / ".done-export").unlink(missing_ok=True)
     put_in_place(folder.path, args.output_dir)
     return 0
+
+
+def about(loaded: Any) -> Dict[str, Any]:
+    """Where a phase is from, for its model.json."""
+    config = loaded.config
+    return {
+        **{name: getattr(config, name) for name in ("recipe", "corpus", "scale", "phase")},
+        "join_prob": config.data.join_prob,
+        "checkpoint": loaded.checkpoint,
+        "bpe_sha256": loaded.tokenizer.sha256,
+    }
 
 
 def modes_of(loaded: Any) -> Dict[str, Any]:

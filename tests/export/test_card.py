@@ -1,5 +1,6 @@
 """The program on the model card, run as somebody would who has sherpa-onnx and the folder."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -76,3 +77,10 @@ def test_what_the_gate_found_on_odd_inputs(streaming_folder, tmp_path):
     folder = with_int8(streaming_folder, tmp_path / "model").path
     gate = {"passed": True, "runtime": "sherpa-onnx", "words": [], "odd": [{"same": True}, {"same": False}]}
     assert "the same words everywhere for 1 of 2" in card_of(folder, gate)
+
+
+@pytest.mark.parametrize("join_prob, told", [(0.0, "has never learnt"), (0.3, "has learnt pairs")])
+def test_what_reset_costs_depends_on_what_was_learnt(streaming_folder, tmp_path, join_prob, told):
+    folder = with_int8(streaming_folder, tmp_path / "model")
+    write_card(dataclasses.replace(folder, info={**folder.info, "join_prob": join_prob}), None)
+    assert told in (folder.path / "README.md").read_text()

@@ -105,6 +105,7 @@ def test_a_streaming_phase_with_a_second_pass(export, capsys):
     assert opened.modes == ("streaming", "offline") and opened.precisions == ("float", "int8")
     info = opened.info
     assert (info["phase"], info["checkpoint"], info["rescore"]["tuned_on"]) == ("las", "epoch-1-avg-1", "dev")
+    assert (info["recipe"], info["join_prob"]) == ("two_pass", 0.0)
     assert info["rescore"]["beam_size"] == 16 and 0 <= info["rescore"]["mu"] <= 1
     files = {path.name for path in folder.iterdir()}
     assert files == {*info["files"], "model.json", "gate.json", "README.md"}, "nothing is left of the search"

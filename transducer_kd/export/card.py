@@ -123,11 +123,14 @@ def _app_lines(folder: ModelFolder) -> List[str]:
 
 def _app_notes(folder: ModelFolder) -> List[str]:
     if folder.modes[0] == "offline":
-        return ["It has learnt single utterances: cut long recordings at their pauses."]
+        return ["It has learnt utterances: cut long recordings at their pauses."]
+    after_reset = "hardly recognises the next one, which it has never learnt"
+    if folder.info.get("join_prob"):
+        after_reset = "recognises the next one less well, though it has learnt pairs of utterances"
     seconds = _longest_tail(folder) / SAMPLING_RATE
     return [
-        "- It has learnt single utterances. After `reset`, which keeps something of the last one even with "
-        "`reset_encoder`, it hardly recognises the next: create a new stream after a pause.",
+        "- Create a new stream after a pause. After `reset`, which keeps something of the last utterance "
+        f"even with `reset_encoder`, a model {after_reset}.",
         f"- {seconds:.2f} s of silence have to follow the last sample, or the last words are lost: "
         "sherpa-onnx drops what does not fill a chunk.",
     ]
