@@ -99,7 +99,7 @@ def test_augmentation_is_for_training_only(make_batch):
     objective, batch = build(LossConfig(), augment=True), make_batch()
     before = batch.features.clone()
     torch.manual_seed(0)
-    losses = [float(objective.train()(batch, 0).loss_sum) for _ in range(2)]
+    losses = [float(objective.train()(batch, 0).loss_sum.detach()) for _ in range(2)]
     assert losses[0] != losses[1] and torch.equal(batch.features, before)
     assert float(objective.eval()(batch, 0).loss_sum) == float(objective.eval()(batch, 9).loss_sum)
 
