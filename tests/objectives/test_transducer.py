@@ -101,7 +101,9 @@ def test_augmentation_is_for_training_only(make_batch):
     torch.manual_seed(0)
     losses = [float(objective.train()(batch, 0).loss_sum.detach()) for _ in range(2)]
     assert losses[0] != losses[1] and torch.equal(batch.features, before)
-    assert float(objective.eval()(batch, 0).loss_sum) == float(objective.eval()(batch, 9).loss_sum)
+    assert float(objective.eval()(batch, 0).loss_sum.detach()) == float(
+        objective.eval()(batch, 9).loss_sum.detach()
+    )
 
 
 def test_picture_of_the_pruning_ranges(make_batch):
