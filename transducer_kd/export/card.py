@@ -3,15 +3,7 @@
 from typing import Any, Dict, List, Optional
 
 from transducer_kd.export.folder import ModelFolder, file_name
-from transducer_kd.export.sherpa import (
-    FRAME_SAMPLES,
-    LONGEST_SILENCE,
-    LOOKAHEAD_FRAMES,
-    PAUSE_S,
-    SAMPLING_RATE,
-    SUBSAMPLING_FACTOR,
-    TOKENS,
-)
+from transducer_kd.export.sherpa import LONGEST_SILENCE, PAUSE_S, SAMPLING_RATE, TOKENS, longest_tail
 from transducer_kd.log import atomic_write
 
 _FRAME_MS = 40  # of an encoder frame
@@ -94,6 +86,7 @@ def _app_lines(folder: ModelFolder) -> List[str]:
             "recogniser.decode_stream(stream)",
             "print(stream.result.text)",
         ]
+    tail = longest_tail(folder.info["chunk_size"])
     return [
         "import numpy as np",
         "import sherpa_onnx",
@@ -113,7 +106,7 @@ def _app_lines(folder: ModelFolder) -> List[str]:
         "    if recogniser.is_endpoint(stream):",
         "        print(recogniser.get_result(stream))",
         "        stream = recogniser.create_stream()  # not recogniser.reset(stream)",
-        f"stream.accept_waveform(16000, np.zeros({_longest_tail(folder)}, dtype=np.float32))",
+        f"stream.accept_waveform(16000, np.zeros({tail}, dtype=np.float32))",
         "stream.input_finished()",
         "while recogniser.is_ready(stream):",
         "    recogniser.decode_stream(stream)",
@@ -127,19 +120,13 @@ def _app_notes(folder: ModelFolder) -> List[str]:
     after_reset = "hardly recognises the next one, which it has never learnt"
     if folder.info.get("join_prob"):
         after_reset = "recognises the next one less well, though it has learnt pairs of utterances"
-    seconds = _longest_tail(folder) / SAMPLING_RATE
+    seconds = longest_tail(folder.info["chunk_size"]) / SAMPLING_RATE
     return [
         "- Create a new stream after a pause. After `reset`, which keeps something of the last utterance "
         f"even with `reset_encoder`, a model {after_reset}.",
         f"- {seconds:.2f} s of silence have to follow the last sample, or the last words are lost: "
         "sherpa-onnx drops what does not fill a chunk.",
     ]
-
-
-def _longest_tail(folder: ModelFolder) -> int:
-    """Samples of silence that are enough after any number of samples: see sherpa.tail_samples."""
-    chunk = SUBSAMPLING_FACTOR * folder.info["chunk_size"]
-    return FRAME_SAMPLES * (chunk + LOOKAHEAD_FRAMES + 1)
 
 
 def _size_rows(folder: ModelFolder) -> List[str]:

@@ -62,6 +62,11 @@ def tail_samples(num_samples: int, chunk_size: int) -> int:
     return max(0, needed * FRAME_SAMPLES - FRAME_SAMPLES // 2 - num_samples)
 
 
+def longest_tail(chunk_size: int) -> int:
+    """Samples of silence that are enough after any number of samples, of a model that streams."""
+    return FRAME_SAMPLES * (SUBSAMPLING_FACTOR * chunk_size + LOOKAHEAD_FRAMES + 1)
+
+
 def padded(samples: np.ndarray, folder: ModelFolder) -> np.ndarray:
     """What recognisers of a folder hear of an utterance (S,): the silence of `tail_samples` follows it."""
     tail = tail_samples(len(samples), int(folder.info["chunk_size"]))
@@ -201,9 +206,13 @@ class SherpaStream(UtteranceStream):
     def _run(self) -> int:
         num_chunks = 0
         while self._recognizer.is_ready(self._stream):
-            self._recognizer.decode_stream(self._stream)
+            self._decode()
             num_chunks += 1
         return num_chunks
+
+    def _decode(self) -> None:
+        """One chunk that is complete."""
+        self._recognizer.decode_stream(self._stream)
 
     def _end(self) -> None:
         self._stream.input_finished()

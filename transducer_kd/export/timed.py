@@ -69,15 +69,11 @@ class TimedStream(SherpaStream):
         super()._give(samples)
         self._features_s += self._clock() - start
 
-    def _run(self) -> int:
-        num_chunks = 0
-        while self._recognizer.is_ready(self._stream):
-            start = self._clock()
-            self._recognizer.decode_stream(self._stream)
-            self.text()
-            self._chunks_s.append(self._clock() - start)
-            num_chunks += 1
-        return num_chunks
+    def _decode(self) -> None:
+        start = self._clock()
+        super()._decode()
+        self.text()
+        self._chunks_s.append(self._clock() - start)
 
 
 def streamed(
